@@ -1,0 +1,47 @@
+"""Owns rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864) fused with the cache write.
+Does not know how slots were assigned, nor how cos_sin was scaled."""
+
+import torch
+
+from servd_kernels.registry import Op
+
+OP = Op("rope_and_cache")
+
+
+def rope_and_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_cache: torch.Tensor,
+    interleaved: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Rotates q IN PLACE and returns it; writes rotated k, and v, to the cache. k and v stay as they are.
+
+    q [num_tokens, num_q_heads, head_dim]; k, v [num_tokens, num_kv_heads, head_dim]: views of one fused qkv
+    will do. positions, slot_mapping [num_tokens] int64; slot = block * block_size + offset, -1: do not write.
+    cos_sin [max_pos, rotary_dim] float32: cosines, then sines; dimensions from rotary_dim on pass through.
+    kv_cache [num_blocks, 2, num_kv_heads, block_size, head_dim]. float32, bfloat16 or float16, all alike.
+    Raises ValueError for shapes, dtypes, positions or slots that do not fit.
+    """
+    tokens, _, head_dim = q.shape
+    kv_heads = kv_cache.shape[2]
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape != (tokens, kv_heads, head_dim):
+            raise ValueError(f"{name} must be {[tokens, kv_heads, head_dim]}, not {list(tensor.shape)}")
+    if kv_cache.dim() != 5 or kv_cache.shape[1] != 2 or kv_cache.shape[4] != head_dim:
+        raise ValueError(f"kv_cache {list(kv_cache.shape)} does not fit q {list(q.shape)}")
+    if {q.dtype, k.dtype, v.dtype, kv_cache.dtype} != {q.dtype}:
+        raise ValueError(f"k, v and kv_cache must be {q.dtype} like q")
+    for name, ids in (("positions", positions), ("slot_mapping", slot_mapping)):
+        if ids.shape != (tokens,) or ids.dtype != torch.int64:
+            raise ValueError(f"{name} must be int64 [{tokens}], not {ids.dtype} {list(ids.shape)}")
+    rotary_dim = cos_sin.shape[-1]
+    if cos_sin.dim() != 2 or cos_sin.dtype != torch.float32 or rotary_dim % 2 or rotary_dim > head_dim:
+        raise ValueError(f"cos_sin must be float32 [max_pos, even, <= {head_dim}], not {list(cos_sin.shape)}")
+    run = OP.bind(q.device.type, q.dtype, backend, head_dim=head_dim)
+    out: torch.Tensor = run(q, k, v, positions, cos_sin, slot_mapping, kv_cache, interleaved)
+    return out

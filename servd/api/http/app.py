@@ -1,0 +1,125 @@
+"""The HTTP server: the application, its routes by discovery, and how it starts and stops.
+
+Knows nothing of what the routes do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import pkgutil
+from http import HTTPStatus
+
+from aiohttp import web
+
+from servd.api.http import routes
+from servd.api.http.context import BODY_TIMEOUT, SERVER_CONFIG, SERVICE, WRITE_TIMEOUT
+from servd.api.http.errors import BadHTTPError, error_response
+from servd.api.http.middleware import add_headers, check_access, errors_as_json, identify_and_log
+from servd.api.service import InferenceService
+from servd.config import ServerConfig
+from servd.errors import ConfigError, ServdError
+
+KEEPALIVE_SECONDS = 75.0  # also what a client has to send the head of a request
+SHUTDOWN_SECONDS = 2.0  # handlers are done by then: the engine was drained before
+BACKLOG = 2048
+
+_log = logging.getLogger("servd.http")
+_NO_ACCESS_LOG = logging.getLogger("servd.http.aiohttp_access")  # the middleware writes the one line a request
+_NO_ACCESS_LOG.disabled = True
+
+
+class _Protocol(web.RequestHandler):
+    """aiohttp's connection, with JSON instead of plain text where the bytes were not even HTTP."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionError("an error after the reply has begun: the connection is cut")
+        error: ServdError = BadHTTPError("the request is not valid HTTP/1.1, or its head is too large")
+        _log.info("bad HTTP %d from %s", status, request.remote)
+        if status != HTTPStatus.BAD_REQUEST:
+            self.log_exception("Error handling a request", exc_info=exc)
+            error = ServdError("the server failed to handle this request; its log has the reason")
+        response = error_response(error)
+        response.force_close()
+        return response
+
+
+class _Server(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return _Protocol(
+            self, loop=asyncio.get_running_loop(), keepalive_timeout=KEEPALIVE_SECONDS, access_log=_NO_ACCESS_LOG
+        )
+
+
+class _Runner(web.AppRunner):
+    async def _make_server(self) -> web.Server:
+        server = await super()._make_server()
+        # Without handler_cancellation the handler of a non-streaming call would run on for a client long gone.
+        return _Server(server.request_handler, request_factory=server.request_factory, handler_cancellation=True)
+
+
+def create_app(
+    service: InferenceService,
+    server_config: ServerConfig,
+    *,
+    write_timeout: float = 60.0,
+    body_timeout: float = 60.0,
+) -> web.Application:
+    """The application with all routes of `servd.api.http.routes`. Timeouts are in seconds."""
+    app = web.Application(
+        middlewares=[identify_and_log, errors_as_json, check_access], client_max_size=server_config.max_body_bytes
+    )
+    app[SERVICE] = service
+    app[SERVER_CONFIG] = server_config
+    app[WRITE_TIMEOUT] = write_timeout
+    app[BODY_TIMEOUT] = body_timeout
+    app.on_response_prepare.append(add_headers)
+    for route_file in discover_routes():
+        app.router.add_routes(route_file)
+    return app
+
+
+def discover_routes() -> list[list[web.RouteDef]]:
+    """`ROUTES` of each file in the routes folder: a new endpoint is a new file there."""
+    names = sorted(module.name for module in pkgutil.iter_modules(routes.__path__))
+    return [importlib.import_module(f"{routes.__name__}.{name}").ROUTES for name in names]
+
+
+async def start_http(
+    service: InferenceService,
+    server_config: ServerConfig,
+    *,
+    write_timeout: float = 60.0,
+    body_timeout: float = 60.0,
+) -> tuple[web.AppRunner, int]:
+    """Listen on host and port of the config; returns what `stop_http` takes, and the port.
+
+    Raises ConfigError if the address cannot be had.
+    """
+    app = create_app(service, server_config, write_timeout=write_timeout, body_timeout=body_timeout)
+    runner = _Runner(app, shutdown_timeout=SHUTDOWN_SECONDS)
+    await runner.setup()
+    site = web.TCPSite(runner, server_config.host, server_config.port, backlog=BACKLOG)
+    try:
+        await site.start()
+    except OSError as error:
+        await runner.cleanup()
+        raise ConfigError(
+            f"--host {server_config.host} --port {server_config.port} cannot be listened on: {error.strerror}"
+        ) from None
+    return runner, int(runner.addresses[0][1])
+
+
+async def stop_http(runner: web.AppRunner) -> None:
+    """Close the listening socket and all connections. Drain the engine first: handlers still running are cut off."""
+    await runner.cleanup()

@@ -1,0 +1,27 @@
+"""What handlers find on the application and on a request, under typed keys.
+
+Knows nothing of what the values do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from aiohttp import web
+
+from servd import __version__
+from servd.api.service import InferenceService
+from servd.config import ServerConfig
+
+SERVICE = web.AppKey("service", InferenceService)
+SERVER_CONFIG = web.AppKey("server_config", ServerConfig)
+WRITE_TIMEOUT = web.AppKey("write_timeout", float)  # seconds that a client may leave its replies unread
+BODY_TIMEOUT = web.AppKey("body_timeout", float)  # seconds that a body may take to arrive
+REQUEST_ID = web.RequestKey("request_id", str)
+ARRIVAL = web.RequestKey("arrival", float)  # time.monotonic() seconds
+
+
+def system_fingerprint(service: InferenceService) -> str:
+    """Changes when the version or the model does: what OpenAI calls the backend configuration."""
+    identity = f"{__version__}\0{service.model_name}"
+    return f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"

@@ -1,0 +1,175 @@
+"""POST /v1/completions: text or token ids in, text out, whole or as events.
+
+Knows nothing of chat.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from servd.api.http.context import SERVICE, system_fingerprint
+from servd.api.http.decode import decode_body, read_body
+from servd.api.http.generation import Answer, gather_answers, start_streams
+from servd.api.http.replies import CompletionLogprobs, finish_reason_text, json_reply, vllm_prompt_logprobs
+from servd.api.http.schema import CompletionRequest, StreamOptions
+from servd.api.http.sse import stream_reply
+from servd.api.service import InferenceService
+from servd.engine.detokenizer import Detokenizer
+from servd.errors import InvalidRequestError
+from servd.outputs import RequestOutput, TokenLogprobs
+from servd.sampling_params import SamplingParams
+
+_DECODER = msgspec.json.Decoder(CompletionRequest)
+
+
+async def create_completion(request: web.Request) -> web.StreamResponse:
+    """Answer n times to each prompt; choice prompt * n + i is its i-th answer."""
+    service = request.app[SERVICE]
+    body = decode_body(await read_body(request), _DECODER)
+    service.check_model(body.model)
+    body.check()
+    params = body.to_sampling_params(service.engine.tokenizer.vocab_size)
+    prompts = body.prompts()
+    names = ["prompt"] if len(prompts) == 1 else [f"prompt[{i}]" for i in range(len(prompts))]
+    token_ids = [
+        await _encode(service, prompt, name, add_special_tokens=body.add_special_tokens)
+        for prompt, name in zip(prompts, names, strict=True)
+    ]
+    choices = _Choices(service, body, params, token_ids, await _echoed_texts(service, body, prompts))
+    request_id = service.new_request_id("cmpl")
+    streams = await start_streams(request, body, token_ids, params, request_id, names)
+    head: dict[str, object] = {
+        "id": request_id,
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": service.model_name,
+        "system_fingerprint": system_fingerprint(service),
+    }
+    if body.stream:
+        return await stream_reply(
+            request, head, body.stream_options or StreamOptions(), streams, params.n, choices.render_news
+        )
+    answers, usage = await gather_answers(streams, params.n)
+    return json_reply(
+        head | {"choices": [choices.whole(i, answer) for i, answer in enumerate(answers)], "usage": usage.as_dict()}
+    )
+
+
+async def _encode(
+    service: InferenceService, prompt: str | list[int], name: str, *, add_special_tokens: bool
+) -> list[int]:
+    limit = service.engine.max_model_len
+    if not isinstance(prompt, str) and len(prompt) > limit:  # before millions of ids are looked at one by one
+        raise InvalidRequestError(f"{name} has {len(prompt)} tokens; allowed: at most {limit - 1}", param=name)
+    return await service.encode_prompt(prompt, add_special_tokens=add_special_tokens, param=name)
+
+
+async def _echoed_texts(
+    service: InferenceService, body: CompletionRequest, prompts: list[str | list[int]]
+) -> list[str]:
+    """What each answer begins with: its prompt with `echo`, else nothing."""
+    if not body.echo:
+        return [""] * len(prompts)
+    return [
+        prompt
+        if isinstance(prompt, str)
+        else await service.detokenize(prompt, skip_special_tokens=body.skip_special_tokens)
+        for prompt in prompts
+    ]
+
+
+class _Choices:
+    """Makes `choices` entries of one call."""
+
+    def __init__(
+        self,
+        service: InferenceService,
+        body: CompletionRequest,
+        params: SamplingParams,
+        prompts: list[list[int]],
+        echoed: list[str],
+    ) -> None:
+        self._tokenizer = service.engine.tokenizer
+        self._body = body
+        self._n = params.n
+        self._prompts = prompts
+        self._echoed = echoed
+        self._begun: set[int] = set()
+        self._shared_prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}  # by prompt
+        self._logprobs = [
+            CompletionLogprobs(
+                self._tokenizer,
+                body.logprobs or 0,
+                Detokenizer(self._tokenizer, body.skip_special_tokens, continues_text=not body.echo),
+            )
+            for _ in range(len(prompts) * params.n)
+        ]
+
+    def whole(self, index: int, answer: Answer) -> dict[str, Any]:
+        """The entry of a complete answer."""
+        prompt = index // self._n
+        prompt_logprobs = self._prompt_logprobs(index, answer.prompt_logprobs)
+        choice = self._entry(index, "".join([self._echoed[prompt], *answer.texts]), answer.logprobs, prompt_logprobs)
+        choice["finish_reason"] = finish_reason_text(answer.finish_reason)
+        choice["stop_reason"] = answer.stop_reason
+        if self._body.return_token_ids:
+            choice["prompt_token_ids"] = self._prompts[prompt]
+            choice["token_ids"] = answer.token_ids
+        if self._body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = vllm_prompt_logprobs(
+                self._tokenizer, prompt_logprobs, self._body.prompt_logprobs
+            )
+        return choice
+
+    def render_news(self, index: int, output: RequestOutput) -> list[bytes]:
+        """The entry of a chunk; none if there is nothing to show yet."""
+        text = output.text
+        prompt_logprobs: list[TokenLogprobs | None] = []
+        first = index not in self._begun
+        if first:
+            self._begun.add(index)
+            text = self._echoed[index // self._n] + text
+            prompt_logprobs = self._prompt_logprobs(index, output.prompt_logprobs)
+        shows_tokens = self._body.logprobs is not None or self._body.return_token_ids
+        if not text and output.finish_reason is None and not (shows_tokens and (output.token_ids or first)):
+            return []
+        choice = self._entry(index, text, output.logprobs, prompt_logprobs)
+        choice["finish_reason"] = finish_reason_text(output.finish_reason)
+        if output.finish_reason is not None:
+            choice["stop_reason"] = output.stop_reason
+        if self._body.return_token_ids:
+            choice["token_ids"] = output.token_ids
+            if first:
+                choice["prompt_token_ids"] = self._prompts[index // self._n]
+        return [msgspec.json.encode(choice)]
+
+    def _prompt_logprobs(
+        self, index: int, entries: list[TokenLogprobs | None] | None
+    ) -> list[TokenLogprobs | None]:
+        """The prompt's, which the first answer has: the others share its computation."""
+        prompt, answer = divmod(index, self._n)
+        if answer == 0 and entries is not None:
+            self._shared_prompt_logprobs[prompt] = entries
+        return self._shared_prompt_logprobs.get(prompt, entries or [])
+
+    def _entry(
+        self,
+        index: int,
+        text: str,
+        logprobs: list[TokenLogprobs],
+        prompt_logprobs: list[TokenLogprobs | None],
+    ) -> dict[str, Any]:
+        shown: dict[str, Any] | None = None
+        if self._body.logprobs is not None:
+            echoed = prompt_logprobs if self._body.echo else []
+            shown = self._logprobs[index].as_dict(
+                [*echoed, *logprobs], first_token_id=self._prompts[index // self._n][0]
+            )
+        return {"index": index, "text": text, "logprobs": shown}
+
+
+ROUTES = [web.post("/v1/completions", create_completion)]

@@ -1,0 +1,31 @@
+"""GET /health and /version: for probes and people.
+
+Knows nothing of load: that is in /metrics.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from aiohttp import web
+
+from servd import __version__
+from servd.api.http.context import SERVICE
+from servd.api.http.replies import json_reply
+
+
+async def health(request: web.Request) -> web.Response:
+    """200 while requests are taken and computed; 503 while starting, recovering, draining or dead."""
+    state = request.app[SERVICE].engine.state
+    return web.Response(
+        status=200 if state == "ready" else 503,
+        body=msgspec.json.encode({"state": state}),
+        content_type="application/json",
+    )
+
+
+async def version(_: web.Request) -> web.Response:
+    """The server's version."""
+    return json_reply({"version": __version__})
+
+
+ROUTES = [web.get("/health", health), web.get("/version", version)]

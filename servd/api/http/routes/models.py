@@ -1,0 +1,42 @@
+"""GET /v1/models and /v1/models/{id}: what is served here.
+
+Knows nothing of how the model came here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+
+from servd.api.http.context import SERVICE
+from servd.api.http.replies import json_reply
+from servd.api.service import InferenceService
+
+
+async def list_models(request: web.Request) -> web.Response:
+    """The one model."""
+    return json_reply({"object": "list", "data": [_model(request.app[SERVICE])]})
+
+
+async def retrieve_model(request: web.Request) -> web.Response:
+    """The model of that name. Raises NotFoundError."""
+    service = request.app[SERVICE]
+    service.check_model(request.match_info["model"])
+    return json_reply(_model(service))
+
+
+def _model(service: InferenceService) -> dict[str, Any]:
+    return {
+        "id": service.model_name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "servd",
+        "max_model_len": service.engine.max_model_len,  # vLLM's extension: clients size their prompts by it
+    }
+
+
+ROUTES = [
+    web.get("/v1/models", list_models),
+    web.get("/v1/models/{model:.+}", retrieve_model),
+]

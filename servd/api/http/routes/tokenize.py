@@ -1,0 +1,72 @@
+"""POST /tokenize and /detokenize, in vLLM's shapes: how the served model sees a text.
+
+Knows nothing of generation.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from aiohttp import web
+
+from servd.api.http.context import SERVICE
+from servd.api.http.decode import decode_body, read_body
+from servd.api.http.messages import ChatMessage, template_messages
+from servd.api.http.replies import json_reply
+from servd.errors import InvalidRequestError
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A text, or messages as for a chat completion."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Token ids."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+_TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
+_DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
+
+
+async def tokenize(request: web.Request) -> web.Response:
+    """Token ids, their number, and the model's limit."""
+    service = request.app[SERVICE]
+    body = decode_body(await read_body(request), _TOKENIZE)
+    service.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequestError("prompt and messages: allowed is exactly one of them", param="prompt")
+    if body.messages is not None:
+        token_ids = await service.encode_chat(
+            template_messages(body.messages), add_generation_prompt=body.add_generation_prompt
+        )
+    else:
+        token_ids = await service.tokenize(body.prompt or "", add_special_tokens=body.add_special_tokens)
+    texts = [service.engine.tokenizer.token_text(i) for i in token_ids] if body.return_token_strs else None
+    return json_reply(
+        {
+            "count": len(token_ids),
+            "max_model_len": service.engine.max_model_len,
+            "tokens": token_ids,
+            "token_strs": texts,
+        }
+    )
+
+
+async def detokenize(request: web.Request) -> web.Response:
+    """The text of token ids, special tokens included."""
+    service = request.app[SERVICE]
+    body = decode_body(await read_body(request), _DETOKENIZE)
+    service.check_model(body.model)
+    return json_reply({"prompt": await service.detokenize(body.tokens)})
+
+
+ROUTES = [web.post("/tokenize", tokenize), web.post("/detokenize", detokenize)]

@@ -1,0 +1,235 @@
+"""`servd chat`: a conversation in the terminal, against a running server or one that it starts.
+
+Speaks the OpenAI-compatible HTTP API like any other client. Knows nothing of the engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from servd.cli.command import COMMANDS, Command
+from servd.errors import EngineUnavailableError, RequestFailedError, ServdError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+HELP_LINE = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+CONNECT_SECONDS = 2.0
+STOP_SECONDS = 10.0
+# A model's text must not be able to move the cursor or retitle the terminal.
+PRINTABLE = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+class ChatCommand(Command):
+    """Reads lines, streams answers."""
+
+    help = "talk to a model in the terminal"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Which server, which model, how to sample."""
+        parser.add_argument("model", nargs="?", metavar="MODEL", help="model to serve if no server runs yet")
+        parser.add_argument(
+            "--url", metavar="URL", help=f"server to talk to [default: {DEFAULT_URL} if one runs there]"
+        )
+        parser.add_argument("--api-key", metavar="TEXT", help="key of the server [default: SERVD_API_KEY]")
+        parser.add_argument("--system", metavar="TEXT", help="system message [default: the chat template's own]")
+        parser.add_argument("--max-tokens", type=int, metavar="TOKENS", help="longest answer [default: the context]")
+        parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy [default: the server's]")
+        parser.add_argument("--seed", type=int, metavar="N", help="makes the answers repeatable [default: none]")
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Converse until the input ends."""
+        api_key = arguments.api_key or os.environ.get("SERVD_API_KEY")
+        client = _Client(arguments.url or DEFAULT_URL, api_key)
+        with asyncio.Runner() as runner:
+            try:
+                if arguments.model is None and (arguments.url or runner.run(client.answers())):
+                    _converse(runner, client, arguments)
+                else:
+                    with _own_server(arguments.model) as client.url:
+                        _converse(runner, client, arguments)
+            finally:
+                runner.run(client.close())
+        return 0
+
+
+COMMANDS.register("chat")(ChatCommand())
+
+
+class _Client:
+    """The three calls of the API that a conversation needs."""
+
+    def __init__(self, url: str, api_key: str | None) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._session: Any = None
+
+    async def session(self) -> Any:
+        """The connection pool, made on the event loop."""
+        import aiohttp
+
+        if self._session is None:
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
+            self._session = aiohttp.ClientSession(headers=self._headers, timeout=timeout)
+        return self._session
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def answers(self) -> bool:
+        """Whether a server listens at the URL."""
+        import aiohttp
+
+        try:
+            async with (await self.session()).get(f"{self.url}/health"):
+                return True
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    async def model_name(self) -> str:
+        """The first served model. Raises EngineUnavailableError if nothing listens."""
+        import aiohttp
+
+        try:
+            async with (await self.session()).get(f"{self.url}/v1/models") as response:
+                await _check(response)
+                name: str = (await response.json())["data"][0]["id"]
+                return name
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise EngineUnavailableError(f"no server answers at {self.url}: {error}") from None
+
+    async def stream(self, body: dict[str, Any]) -> AsyncIterator[str]:
+        """The pieces of an answer. Raises RequestFailedError with the server's message."""
+        import aiohttp
+
+        session = await self.session()
+        try:
+            async with session.post(f"{self.url}/v1/chat/completions", json=body | {"stream": True}) as response:
+                await _check(response)
+                async for line in response.content:
+                    data = line.decode().strip().removeprefix("data: ")
+                    if data == "[DONE]":
+                        return
+                    if not data.startswith("{"):
+                        continue
+                    event = json.loads(data)
+                    if "error" in event:
+                        raise RequestFailedError(event["error"]["message"])
+                    for choice in event["choices"]:
+                        yield choice["delta"].get("content") or ""
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise RequestFailedError(f"the connection to {self.url} broke: {error}") from None
+
+
+async def _check(response: Any) -> None:
+    if response.status == 200:
+        return
+    try:
+        message = (await response.json(content_type=None))["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = response.reason
+    raise RequestFailedError(f"the server answered {response.status}: {message}")
+
+
+def _converse(runner: asyncio.Runner, client: _Client, arguments: argparse.Namespace) -> None:
+    body: dict[str, Any] = {"model": runner.run(client.model_name())}
+    for name in ("max_tokens", "temperature", "seed"):
+        if (value := getattr(arguments, name)) is not None:
+            body[name] = value
+    beginning = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    messages = list(beginning)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        sys.stdout.write(f"{body['model']} at {client.url}. {HELP_LINE}\n")
+    for line in _lines(interactive):
+        if line == "/exit":
+            return
+        if line == "/reset":
+            messages = list(beginning)
+            sys.stdout.write("(the conversation is forgotten)\n")
+            continue
+        if line.startswith("/"):
+            sys.stdout.write(f"unknown command {line.split()[0]}; {HELP_LINE}\n")
+            continue
+        messages.append({"role": "user", "content": line})
+        answer = _answer(runner, client, body | {"messages": messages})
+        if answer is None:
+            messages.pop()
+        else:
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _lines(interactive: bool) -> Iterator[str]:
+    """What the user types, without empty lines, until the input ends."""
+    if interactive:
+        import readline  # noqa: F401  (gives input() its editing and history)
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except EOFError:
+            sys.stdout.write("\n" if interactive else "")
+            return
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")
+            continue
+        if line:
+            yield line
+
+
+def _answer(runner: asyncio.Runner, client: _Client, body: dict[str, Any]) -> str | None:
+    """Stream one answer to the terminal; what came of it, None if nothing did."""
+    pieces: list[str] = []
+
+    async def show() -> None:
+        async for piece in client.stream(body):
+            pieces.append(piece)
+            sys.stdout.write(piece.translate(PRINTABLE))
+            sys.stdout.flush()
+
+    try:
+        runner.run(show())
+        sys.stdout.write("\n")
+    except KeyboardInterrupt:  # leaving the stream closes its connection, and the server aborts the request
+        sys.stdout.write(" (stopped)\n")
+    except ServdError as error:
+        sys.stdout.write("\n" if pieces else "")
+        sys.stderr.write(f"servd: error: {error.message}\n")
+    return "".join(pieces) or None
+
+
+@contextmanager
+def _own_server(model: str | None) -> Iterator[str]:
+    """The URL of a server that lives as long as the block. Raises EngineUnavailableError if it does not start."""
+    command = [sys.executable, "-m", "servd.cli", "serve", *([model] if model else [])]
+    command += ["--port", "0", "--grpc-port", "-1", "--log-level", "warning"]
+    # A closed terminal must not leave the server behind.
+    handlers = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # A process group of its own: Ctrl-C stops an answer, not the server.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as process:
+        assert process.stdout is not None
+        try:
+            url = process.stdout.readline().strip()
+            if not url:
+                raise EngineUnavailableError(f"the server did not start (exit code {process.wait()}); see above")
+            yield url
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def _exit(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)

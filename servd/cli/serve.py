@@ -1,0 +1,133 @@
+"""`servd serve`: from flags to a server that answers.
+
+Owns the order of start-up (cheap checks, model files, worker, then the slow imports) and what is printed.
+Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import ipaddress
+import json
+import os
+import shlex
+import sys
+from typing import TYPE_CHECKING
+
+from servd.cli.command import COMMANDS, Command
+from servd.cli.flags import add_flags, read_flags
+from servd.cli.progress import progress_display
+from servd.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig, ServerConfig
+from servd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from servd.api.lifecycle import Ready
+    from servd.executor.base import Executor
+
+API_KEY_VARIABLE = "SERVD_API_KEY"
+
+
+class ServeCommand(Command):
+    """Serves one model over HTTP and gRPC."""
+
+    help = "serve a model over HTTP (OpenAI-compatible) and gRPC"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Every field of every config section."""
+        for section in (ModelConfig, ServerConfig, CacheConfig, SchedulerConfig, ParallelConfig):
+            add_flags(parser, section)
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Serve until SIGTERM or SIGINT."""
+        config, server_config = read_configs(arguments)
+        check_addresses(server_config)
+
+        from servd.executor.base import EXECUTORS
+        from servd.log import setup_logging
+
+        setup_logging(server_config.log_level)
+        executor = EXECUTORS.get(config.parallel.executor)(config)
+        executor.launch()  # the worker imports torch while this process finds the model and imports its servers
+        _serve(config, server_config, executor)
+        return 0
+
+
+COMMANDS.register("serve")(ServeCommand())
+
+
+def read_configs(arguments: argparse.Namespace) -> tuple[EngineConfig, ServerConfig]:
+    """Checked configs of the parsed flags. Raises ConfigError naming the flag."""
+    config = EngineConfig(
+        model=read_flags(arguments, ModelConfig),
+        cache=read_flags(arguments, CacheConfig),
+        scheduler=read_flags(arguments, SchedulerConfig),
+        parallel=read_flags(arguments, ParallelConfig),
+    ).resolve()
+    server_config = read_flags(arguments, ServerConfig)
+    api_key = server_config.api_key or os.environ.get(API_KEY_VARIABLE) or None
+    return config, dataclasses.replace(server_config, api_key=api_key)
+
+
+def check_addresses(server_config: ServerConfig) -> None:
+    """Raise ConfigError for a port that is taken or the same twice; warn of an open door."""
+    from servd.api.sockets import check_listenable
+
+    host, port, grpc_port = server_config.host, server_config.port, server_config.grpc_port
+    if port == grpc_port != 0:
+        raise ConfigError(f"--grpc-port is {grpc_port}, the same as --port; allowed: another one, or -1 for no gRPC")
+    check_listenable(host, port, "--port")
+    if grpc_port >= 0:
+        check_listenable(host, grpc_port, "--grpc-port")
+    elif grpc_port != -1:
+        raise ConfigError(f"--grpc-port is {grpc_port}; allowed: -1 to 65535")
+    if not _is_loopback(host) and server_config.api_key is None:
+        sys.stderr.write(
+            f"servd: warning: {host} can be reached from other machines and no API key is set; "
+            f"anyone there can use this server (see --api-key)\n"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _serve(config: EngineConfig, server_config: ServerConfig, executor: Executor) -> None:
+    import uvloop
+
+    from servd.api.lifecycle import run_server
+    from servd.hub import resolve_model
+
+    def print_ready(ready: Ready) -> None:
+        sys.stdout.write("\n".join(ready_lines(ready, server_config)) + "\n")
+        sys.stdout.flush()
+
+    with progress_display() as progress:
+        try:
+            # Before the event loop: a download in one of its threads could not be interrupted.
+            files = resolve_model(config.model.model, progress=progress)
+        except BaseException:
+            asyncio.run(executor.close())
+            raise
+        uvloop.run(run_server(config, server_config, files, executor, on_ready=print_ready, progress=progress))
+
+
+def ready_lines(ready: Ready, server_config: ServerConfig) -> tuple[str, str, str]:
+    """The three lines of a server that is ready: its URL, a curl that works, its gRPC address."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server_config.host, server_config.host)
+    host = f"[{host}]" if ":" in host else host
+    url = f"http://{host}:{ready.http_port}"
+    body: dict[str, object] = {"model": ready.model_name}
+    if ready.has_chat_template:
+        path, body["messages"] = "chat/completions", [{"role": "user", "content": "What is the capital of France?"}]
+    else:
+        path, body["prompt"] = "completions", "Once upon a time"
+    body |= {"max_tokens": 64, "temperature": 0}
+    key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if server_config.api_key else ""
+    curl = f"curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+    grpc = "off" if ready.grpc_port is None else f"{host}:{ready.grpc_port}"
+    return url, curl, f"gRPC {grpc}"

@@ -1,0 +1,160 @@
+"""All settings, as frozen dataclasses; the command line's flags are generated from these fields.
+
+Owns names, defaults, units and start-up checks. Knows nothing of torch: dtypes and devices are names here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from servd.errors import ConfigError
+
+GIB = 1 << 30
+
+
+def flag(default: Any, help: str, *, choices: tuple[str, ...] | None = None, unit: str = "") -> Any:
+    """A dataclass field that becomes a command-line flag with this help text and unit."""
+    return field(default=default, metadata={"help": help, "choices": choices, "unit": unit})
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Which weights to serve and how to compute with them."""
+
+    model: str = field(
+        default="smollm2-135m-instruct",
+        metadata={"help": "catalogue name, folder, .gguf file or hub id", "positional": True},
+    )
+    served_model_name: str | None = flag(None, "name that clients use; default: from MODEL")
+    dtype: str = flag(
+        "auto",
+        "compute dtype; auto: the checkpoint's own, bfloat16 for quantized GGUF",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    max_model_len: int | None = flag(None, "longest prompt plus output; default: the model's own", unit="tokens")
+    device: str = flag("auto", "where the model runs; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    seed: int | None = flag(None, "makes requests without a seed of their own repeatable, in order of arrival")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The paged KV cache."""
+
+    block_size: int = flag(16, "tokens in a KV block", unit="tokens")
+    kv_cache_dtype: str = flag("auto", "KV storage type; auto: the compute dtype")
+    kv_cache_memory: int | None = flag(
+        None, "memory for KV blocks, e.g. 2GiB; default on CPU: a quarter of RAM, at most 4GiB", unit="bytes"
+    )
+    gpu_memory_utilization: float = flag(0.9, "share of the card that weights, activations and KV may take")
+    enable_prefix_caching: bool = flag(True, "reuse the KV blocks of equal prompt beginnings")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Who runs in a step, and how much of it."""
+
+    max_num_seqs: int = flag(64, "requests that run at once", unit="requests")
+    max_num_batched_tokens: int = flag(512, "token budget of one step, prefill and decode together", unit="tokens")
+    long_prefill_token_threshold: int = flag(
+        0, "largest share of a step that one prompt may take; 0: no limit", unit="tokens"
+    )
+    scheduling_policy: str = flag("fcfs", "order of the waiting queue (a file of servd/scheduler/policies)")
+    max_num_queued_reqs: int = flag(1024, "waiting requests beyond which new ones get 429", unit="requests")
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """Which processes and threads do the work."""
+
+    executor: str = flag("multiproc", "where the model runs (a file of servd/executor)")
+    threads: int | None = flag(None, "compute threads of a CPU worker; default: the cores this process may use")
+    max_worker_restarts: int = flag(3, "worker restarts within ten minutes before the server gives up")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """The HTTP and gRPC front."""
+
+    host: str = flag("127.0.0.1", "address to listen on")
+    port: int = flag(8000, "HTTP port; 0 picks a free one")
+    grpc_port: int = flag(8001, "gRPC port; 0 picks a free one, -1 turns gRPC off")
+    api_key: str | None = flag(None, "clients must send this key (also from SERVD_API_KEY); default: none needed")
+    max_body_bytes: int = flag(8 << 20, "largest request body", unit="bytes")
+    shutdown_grace: float = flag(30.0, "time that running requests get after SIGTERM", unit="seconds")
+    log_level: str = flag("info", "least severe log line shown", choices=("debug", "info", "warning", "error"))
+    log_steps: bool = flag(False, "log one line a step: what was in the batch")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything an engine needs; `resolve()` returns a new, checked one with no default left open."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    @classmethod
+    def from_flat(cls, **settings: Any) -> EngineConfig:
+        """Build from flat names (`EngineConfig.from_flat(model=..., block_size=32)`).
+
+        Raises ConfigError for a name that no section has.
+        """
+        sections: dict[str, Any] = {}
+        for section in fields(cls):
+            section_class = section.default_factory
+            assert isinstance(section_class, type), section.name
+            names = {f.name for f in fields(section_class)}
+            sections[section.name] = section_class(**{n: settings.pop(n) for n in names & settings.keys()})
+        if settings:
+            raise ConfigError(f"unknown setting(s): {', '.join(sorted(settings))}")
+        return cls(**sections)
+
+    def resolve(self) -> EngineConfig:
+        """Check ranges and fill defaults that depend on the machine. Raises ConfigError naming the flag."""
+        cache, scheduler, model = self.cache, self.scheduler, self.model
+        _require("--block-size", cache.block_size, 1 <= cache.block_size <= 256, "1 to 256")
+        _require("--max-num-seqs", scheduler.max_num_seqs, scheduler.max_num_seqs >= 1, "at least 1")
+        _require(
+            "--max-num-batched-tokens", scheduler.max_num_batched_tokens,
+            scheduler.max_num_batched_tokens >= scheduler.max_num_seqs,
+            f"at least --max-num-seqs ({scheduler.max_num_seqs}), or running requests would starve",
+        )  # fmt: skip
+        if model.max_model_len is not None:
+            _require("--max-model-len", model.max_model_len, model.max_model_len >= 2, "at least 2")
+        if cache.kv_cache_memory is not None:
+            _require("--kv-cache-memory", cache.kv_cache_memory, cache.kv_cache_memory > 0, "more than 0 bytes")
+        utilization = cache.gpu_memory_utilization
+        _require("--gpu-memory-utilization", utilization, 0 < utilization <= 1, "more than 0, at most 1")
+        threads = self.parallel.threads
+        if threads is None:
+            threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        _require("--threads", threads, threads >= 1, "at least 1")
+        return dataclasses.replace(self, parallel=dataclasses.replace(self.parallel, threads=threads))
+
+
+def default_cpu_kv_memory() -> int:
+    """A quarter of the machine's RAM, at most 4 GiB, in bytes."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(total // 4, 4 * GIB)
+
+
+def parse_bytes(text: str) -> int:
+    """'2GiB', '512M', '1e9' or '1048576' to bytes (K, M, G, T are powers of 1024). Raises ConfigError."""
+    number = text.strip().lower().removesuffix("b").removesuffix("i")
+    scale = 1
+    if number and number[-1] in "kmgt":
+        scale = 1024 ** ("kmgt".index(number[-1]) + 1)
+        number = number[:-1]
+    try:
+        return int(float(number) * scale)
+    except (ValueError, OverflowError):
+        raise ConfigError(f"{text!r} is not a size in bytes; write 2GiB, 512MiB or a number") from None
+
+
+def _require(name: str, value: object, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} is {value}; allowed: {allowed}")

@@ -1,0 +1,4 @@
+"""Groups of ranks that compute one model together.
+
+Knows torch.distributed alone, nothing of servd.
+"""

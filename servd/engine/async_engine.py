@@ -1,0 +1,345 @@
+"""The engine's public face: start, generate, abort, drain, close, on one asyncio loop.
+
+Owns the life of requests from validated tokens to the last output. Knows nothing of HTTP, gRPC or chat messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from servd.cache.kv_cache_manager import KVCacheManager
+from servd.config import EngineConfig
+from servd.engine.core import EngineCore
+from servd.engine.input_processor import InputProcessor
+from servd.engine.output_processor import OutputProcessor
+from servd.engine.result_stream import ResultStream
+from servd.engine.tokenizer import Tokenizer
+from servd.errors import (
+    ConfigError,
+    DeadlineExceededError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    OverloadedError,
+    ServdError,
+)
+from servd.executor.base import EXECUTORS, Executor, ProgressCallback
+from servd.hub import ModelFiles
+from servd.metrics import Metrics
+from servd.outputs import WorkerInfo
+from servd.request import FinishReason, Request
+from servd.sampling_params import SamplingParams
+from servd.scheduler.scheduler import Scheduler, Update
+
+T = TypeVar("T")
+
+_MASK64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the seeds of a request's n answers
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The engine's load at one moment."""
+
+    state: str  # starting, ready, recovering, draining or dead
+    running: int  # requests
+    waiting: int  # requests
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    kv_blocks_free: int
+    num_blocks: int  # all but the null block
+    block_size: int  # tokens
+
+
+def with_max_model_len(config: EngineConfig, files: ModelFiles) -> EngineConfig:
+    """A config whose `max_model_len` is settled. Raises ConfigError if it is longer than the model can."""
+    limit = files.config().get("max_position_embeddings")
+    asked = config.model.max_model_len
+    if asked is None and limit is None:
+        raise ConfigError("the model's config.json has no max_position_embeddings; set --max-model-len")
+    if asked is not None and limit is not None and asked > limit:
+        raise ConfigError(f"--max-model-len is {asked}; allowed: at most the model's {limit}")
+    model = dataclasses.replace(config.model, max_model_len=limit if asked is None else asked)
+    return dataclasses.replace(config, model=model)
+
+
+@dataclass(slots=True)
+class _Family:
+    """The unfinished answers of one request, and its deadline's timer."""
+
+    answer_ids: list[str]
+    timer: asyncio.TimerHandle | None = None
+
+
+class AsyncEngine:
+    """A served model. All methods are called on the event loop that ran `start()`."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        files: ModelFiles,
+        tokenizer: Tokenizer | None = None,
+        executor: Executor | None = None,
+        *,
+        log_steps: bool = False,
+    ) -> None:
+        self.config = with_max_model_len(config.resolve(), files)
+        self.files = files
+        self.metrics = Metrics()
+        self.state = "starting"
+        self.executor = executor or EXECUTORS.get(self.config.parallel.executor)(self.config, files)
+        self.executor.config, self.executor.files = self.config, files
+        self._tokenizer = tokenizer
+        self._text_threads = ThreadPoolExecutor(2, thread_name_prefix="servd-text")
+        self._seeds = random.Random(self.config.model.seed)
+        self._log_steps = log_steps
+        self._info: WorkerInfo | None = None
+        self._core: EngineCore | None = None
+        self._inputs: InputProcessor | None = None
+        self._outputs: OutputProcessor | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._idle = asyncio.Event()
+        self._died = asyncio.Event()
+        self._families: dict[str, _Family] = {}  # by request id
+        self._answers: dict[str, str] = {}  # answer id → request id
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def start(self, progress: ProgressCallback | None = None) -> None:
+        """Load tokenizer and model, then run. Raises ConfigError or WorkerDied; the engine is then closed."""
+        try:
+            if self._tokenizer is None:
+                self._tokenizer, info = await asyncio.gather(
+                    self.run_in_thread(Tokenizer.from_files, self.files), self.executor.start(progress)
+                )
+            else:
+                info = await self.executor.start(progress)
+        except BaseException:
+            await self.close()
+            raise
+        self._info = info
+        self._inputs = InputProcessor(self.tokenizer, self.max_model_len)
+        cache = KVCacheManager(
+            info.num_blocks, self.config.cache.block_size, enable_prefix_caching=self.config.cache.enable_prefix_caching
+        )
+        self._outputs = OutputProcessor(self.tokenizer, self.metrics)
+        self._core = EngineCore(
+            Scheduler(self.config.scheduler, cache), self.executor, self.metrics,
+            on_updates=self._take_updates, on_state=self._change_state,
+            max_restarts=self.config.parallel.max_worker_restarts, log_steps=self._log_steps,
+        )  # fmt: skip
+        self.metrics.follow_gauges(
+            {
+                "running": lambda: self.stats().running,
+                "waiting": lambda: self.stats().waiting,
+                "used": lambda: self.stats().kv_blocks_used,
+                "cached": lambda: self.stats().kv_blocks_cached,
+                "free": lambda: self.stats().kv_blocks_free,
+            }
+        )
+        self._task = asyncio.create_task(self._run(), name="servd-engine")
+        self.state = "ready"
+
+    async def _run(self) -> None:
+        try:
+            await self.core.run()
+        except Exception as error:  # a broken invariant: every caller must hear of it, none may hang
+            self._change_state("dead", EngineUnavailableError(f"the engine failed: {type(error).__name__}: {error}"))
+            raise
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Take no more requests, let the running ones finish for so long, then abort the rest."""
+        if self.state != "dead":
+            self.state = "draining"
+        self._idle.clear()
+        if self._answers:
+            try:
+                await asyncio.wait_for(self._idle.wait(), grace_seconds)
+            except TimeoutError:
+                self._end_all(FinishReason.ABORT, EngineUnavailableError("the server is shutting down"))
+
+    async def close(self) -> None:
+        """Stop at once: unfinished requests get an error, the workers end. Safe to call twice."""
+        self._end_all(FinishReason.ABORT, EngineUnavailableError("the engine was closed"))
+        self.state = "dead"
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self.executor.close()
+        self._text_threads.shutdown(wait=False)
+
+    async def wait_dead(self) -> None:
+        """Return when the engine has failed for good; a server should then exit and be restarted from outside."""
+        await self._died.wait()
+
+    # -- what callers ask ------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str = "",
+        prompt_param: str = "prompt",
+    ) -> ResultStream:
+        """Check and queue a request; returns its stream of outputs.
+
+        `timeout` in seconds ends it with FinishReason.DEADLINE. `prompt_param` is what errors call the prompt.
+        Raises InvalidRequestError naming the field, EngineUnavailableError, OverloadedError.
+        """
+        core, outputs = self.core, self.outputs
+        self.inputs.check(len(prompt_token_ids), params, prompt_param=prompt_param)
+        if self.state not in ("ready", "recovering"):
+            raise EngineUnavailableError(f"the engine takes no requests now: it is {self.state}")
+        if not prompt_token_ids:
+            raise InvalidRequestError(f"{prompt_param} is empty; allowed: at least one token", param=prompt_param)
+        limit = self.config.scheduler.max_num_queued_reqs
+        if len(core.scheduler.waiting) + params.n > limit:
+            raise OverloadedError(f"{len(core.scheduler.waiting)} requests are waiting; allowed: {limit}")
+        if request_id in self._families:
+            raise InvalidRequestError(f"request_id is {request_id!r}, which is running", param="request_id")
+        stream = ResultStream(params.n, lambda: self.abort(request_id))
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
+        answer_ids = [f"{request_id}#{index}" for index in range(params.n)]
+        # Answers share the prompt's blocks, unless each must compute all positions for the prompt's log-probabilities.
+        shares_prompt = params.prompt_logprobs is None
+        family = self._families[request_id] = _Family(list(answer_ids))
+        for index, answer_id in enumerate(answer_ids):
+            request = Request(
+                answer_id, prompt_token_ids, params,
+                seed=(seed + index * _GOLDEN) & _MASK64,
+                eos_token_ids=self.tokenizer.eos_token_ids,
+                max_model_len=self.max_model_len,
+                priority=priority,
+                parent_id=answer_ids[0] if index and shares_prompt else None,
+                cache_salt=cache_salt,
+            )  # fmt: skip
+            self._answers[answer_id] = request_id
+            outputs.add(request, index, stream)
+            core.scheduler.add(request)
+        if timeout is not None:
+            error = DeadlineExceededError(f"the deadline of {timeout:g} s passed")
+            loop = asyncio.get_running_loop()
+            family.timer = loop.call_later(max(timeout, 0.0), self._end, request_id, FinishReason.DEADLINE, error)
+        core.wake()
+        return stream
+
+    def abort(self, request_id: str) -> bool:
+        """End a request; its blocks are free at once. False if it is not known (finished, or never was)."""
+        return self._end(request_id, FinishReason.ABORT, EngineUnavailableError("the request was aborted"))
+
+    def stats(self) -> EngineStats:
+        """Queue lengths and KV use now."""
+        scheduler = self.core.scheduler
+        pool = scheduler.cache.pool
+        cached = pool.num_cached
+        return EngineStats(
+            state=self.state,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_blocks_used=pool.num_usable - pool.num_free,
+            kv_blocks_cached=cached,
+            kv_blocks_free=pool.num_free - cached,
+            num_blocks=pool.num_usable,
+            block_size=scheduler.cache.block_size,
+        )
+
+    async def run_in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        """Run work on text in a thread, so that the loop goes on meanwhile."""
+        return await asyncio.get_running_loop().run_in_executor(self._text_threads, function, *args)
+
+    @property
+    def core(self) -> EngineCore:
+        """The engine loop. Raises EngineUnavailableError before `start()`."""
+        if self._core is None:
+            raise EngineUnavailableError("the engine is starting")
+        return self._core
+
+    @property
+    def inputs(self) -> InputProcessor:
+        """Tokenizes and checks requests. Raises EngineUnavailableError before `start()`."""
+        if self._inputs is None:
+            raise EngineUnavailableError("the engine is starting")
+        return self._inputs
+
+    @property
+    def outputs(self) -> OutputProcessor:
+        """The output processor. Raises EngineUnavailableError before `start()`."""
+        if self._outputs is None:
+            raise EngineUnavailableError("the engine is starting")
+        return self._outputs
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises EngineUnavailableError before `start()`."""
+        if self._tokenizer is None:
+            raise EngineUnavailableError("the engine is starting")
+        return self._tokenizer
+
+    @property
+    def info(self) -> WorkerInfo:
+        """What the worker reported. Raises EngineUnavailableError before `start()`."""
+        if self._info is None:
+            raise EngineUnavailableError("the engine is starting")
+        return self._info
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output, in tokens."""
+        assert self.config.model.max_model_len is not None
+        return self.config.model.max_model_len
+
+    # -- the loop's callbacks --------------------------------------------------------------------------------------
+
+    def _take_updates(self, updates: list[Update]) -> list[str]:
+        stopped = self.outputs.process(updates)
+        for update in updates:
+            if update.finish_reason is not None:
+                self._forget(update.request.request_id)
+        for answer_id in stopped:
+            self._forget(answer_id)
+        return stopped
+
+    def _change_state(self, state: str, error: ServdError | None) -> None:
+        if self.state != "draining" or state == "dead":
+            self.state = state
+        if state == "dead":
+            self._end_all(FinishReason.ERROR, error or EngineUnavailableError("the engine failed"))
+            self._died.set()
+
+    def _end(self, request_id: str, reason: FinishReason, error: ServdError) -> bool:
+        family = self._families.get(request_id)
+        answer_ids = [] if family is None else list(family.answer_ids)
+        for answer_id in answer_ids:
+            request = self.core.scheduler.finish(answer_id, reason)
+            if request is not None:
+                self.outputs.finish(request, reason, error)
+            self._forget(answer_id)
+        if answer_ids:
+            self.core.wake()
+        return bool(answer_ids)
+
+    def _end_all(self, reason: FinishReason, error: ServdError) -> None:
+        for request_id in list(self._families):
+            self._end(request_id, reason, error)
+
+    def _forget(self, answer_id: str) -> None:
+        request_id = self._answers.pop(answer_id, None)
+        if request_id is None:
+            return
+        family = self._families[request_id]
+        family.answer_ids.remove(answer_id)
+        if not family.answer_ids:
+            if family.timer is not None:
+                family.timer.cancel()
+            del self._families[request_id]
+        if not self._answers:
+            self._idle.set()

@@ -1,0 +1,166 @@
+"""The engine loop: plan a step, submit it, take in the oldest one's result, recover from lost workers.
+
+Knows nothing of text or transports. One asyncio task runs it; scheduler and cache are touched on that loop alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from servd.engine.recovery import RestartBudget
+from servd.errors import ServdError, WorkerDied
+from servd.executor.base import Executor
+from servd.metrics import Metrics
+from servd.outputs import ModelRunnerOutput, SchedulerOutput
+from servd.request import FinishReason
+from servd.scheduler.scheduler import Scheduler, Update
+
+logger = logging.getLogger("servd.engine")
+step_logger = logging.getLogger("servd.steps")
+
+MAX_STEPS_IN_FLIGHT = 2  # one being computed, one waiting, so that the worker never waits for the planner
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one step held, for the step log."""
+
+    step_id: int
+    num_reqs: int
+    num_prefill_tokens: int  # tokens of prompt chunks (and of recomputation)
+    num_decode_tokens: int  # single tokens of running answers
+    num_waiting: int
+    compute_seconds: float
+
+
+class EngineCore:
+    """Drives the scheduler and the executor until `stop()`."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        metrics: Metrics,
+        *,
+        on_updates: Callable[[list[Update]], list[str]],
+        on_state: Callable[[str, ServdError | None], None],
+        max_restarts: int,
+        log_steps: bool = False,
+    ) -> None:
+        self.scheduler = scheduler
+        self.step_log: deque[StepRecord] = deque(maxlen=512)
+        self._executor = executor
+        self._metrics = metrics
+        self._on_updates = on_updates  # returns the requests that a stop string ended
+        self._on_state = on_state
+        self._restarts = RestartBudget(max_restarts)
+        self._log_steps = log_steps
+        self._inflight: deque[tuple[SchedulerOutput, asyncio.Future[ModelRunnerOutput]]] = deque()
+        self._wake = asyncio.Event()
+        self._counted = (0, 0, 0)  # preemptions, prefix queries, prefix hits already in the metrics
+
+    def wake(self) -> None:
+        """Something changed: a request came or went, or a step ended."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """The loop. Ends only by cancellation, or when the workers cannot be brought back."""
+        while True:
+            lost = self._collect()
+            if lost is not None and not await self._recover(lost):
+                return
+            self._fill()
+            await self._wake.wait()
+            self._wake.clear()
+
+    def _fill(self) -> None:
+        """Keep the worker fed: submit plans until enough are in flight or nothing more can be planned."""
+        while len(self._inflight) < MAX_STEPS_IN_FLIGHT:
+            plan = self.scheduler.schedule()
+            if plan is None:
+                break
+            future = self._executor.submit(plan)
+            future.add_done_callback(lambda _: self._wake.set())
+            self._inflight.append((plan, future))
+        self._count_scheduler()
+
+    def _collect(self) -> Exception | None:
+        """Take in the finished steps, oldest first. Returns what went wrong, if a step was lost."""
+        while self._inflight and self._inflight[0][1].done():
+            plan, future = self._inflight[0]
+            if future.cancelled():
+                return WorkerDied("a step was cancelled")
+            error = future.exception()
+            if isinstance(error, Exception):
+                return error
+            self._inflight.popleft()
+            output = future.result()
+            self._record(plan, output)
+            stopped = self._on_updates(self.scheduler.update_from_output(output))
+            for request_id in stopped:
+                self.scheduler.finish(request_id, FinishReason.STOP)
+        return None
+
+    async def _recover(self, error: Exception) -> bool:
+        """Replay everything after a lost step, on new workers if the old ones died. False if that is hopeless."""
+        for _, future in self._inflight:
+            future.add_done_callback(_retrieve)
+        self._inflight.clear()
+        workers_lost = isinstance(error, WorkerDied)
+        logger.error("step lost, %s: %s", "restarting the worker" if workers_lost else "replaying", error)
+        self._on_updates(self.scheduler.recover(workers_lost=workers_lost))
+        if workers_lost:
+            self._on_state("recovering", None)
+            if not await self._restart():
+                failure = WorkerDied(f"the model workers keep dying: {error}")
+                self._on_state("dead", failure)
+                return False
+            self._on_state("ready", None)
+        return True
+
+    async def _restart(self) -> bool:
+        while self._restarts.take():
+            self._metrics.worker_restarts.inc()
+            try:
+                await self._executor.start()
+            except ServdError as error:
+                logger.error("worker restart failed: %s", error)
+            else:
+                return True
+        return False
+
+    def _record(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> None:
+        counts = plan.scheduled.num_scheduled_tokens
+        num_decode = sum(1 for n in counts if n == 1)
+        record = StepRecord(
+            plan.step_id, len(counts), sum(counts) - num_decode, num_decode, len(self.scheduler.waiting),
+            output.compute_seconds,
+        )  # fmt: skip
+        self.step_log.append(record)
+        self._metrics.step_time.observe(output.compute_seconds)
+        if self._log_steps:
+            step_logger.info(
+                "step %d: %d requests, %d prefill + %d decode tokens, %d waiting, %.1f ms",
+                record.step_id, record.num_reqs, record.num_prefill_tokens, record.num_decode_tokens,
+                record.num_waiting, 1000 * record.compute_seconds,
+            )  # fmt: skip
+
+    def _count_scheduler(self) -> None:
+        cache = self.scheduler.cache
+        now = (self.scheduler.num_preemptions, cache.prefix_queries, cache.prefix_hits)
+        if now != self._counted:
+            preemptions, queries, hits = (new - old for new, old in zip(now, self._counted, strict=True))
+            self._metrics.preemptions.inc(preemptions)
+            self._metrics.prefix_cache_queries.inc(queries)
+            self._metrics.prefix_cache_hits.inc(hits)
+            self._counted = now
+
+
+def _retrieve(future: asyncio.Future[ModelRunnerOutput]) -> None:
+    """Look at an abandoned step's exception, so that asyncio does not report it as never retrieved."""
+    if not future.cancelled():
+        future.exception()

@@ -1,0 +1,77 @@
+"""From a caller's prompt to trusted token ids, and the check of a request against the model's limits.
+
+Owns every check of a request's values. Knows nothing of transports; runs in any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from servd.engine.tokenizer import Tokenizer
+from servd.errors import InvalidRequestError
+from servd.sampling_params import SamplingParams
+
+
+class InputProcessor:
+    """Checks and tokenizes for one model. All errors are InvalidRequestErrors naming the field."""
+
+    def __init__(self, tokenizer: Tokenizer, max_model_len: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+
+    def encode_prompt(
+        self, prompt: str | Sequence[int], *, add_special_tokens: bool = True, param: str = "prompt"
+    ) -> list[int]:
+        """Token ids of a prompt given as text, or the ids themselves after a check; never empty."""
+        if isinstance(prompt, str):
+            token_ids = self._tokenizer.encode(prompt, add_special_tokens)
+        else:
+            token_ids = list(prompt)
+            self.check_token_ids(token_ids, param)
+        if not token_ids:
+            raise InvalidRequestError(f"{param} is empty; allowed: at least one token", param=param)
+        return token_ids
+
+    def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """Raise unless every id is one of the vocabulary."""
+        vocab_size = self._tokenizer.vocab_size
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequestError(
+                    f"{param} holds token id {token_id}; allowed: 0 to {vocab_size - 1}", param=param
+                )
+
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation under the model's chat template; special tokens in its texts stay plain text."""
+        if not messages:
+            raise InvalidRequestError("messages is empty; allowed: at least one message", param="messages")
+        token_ids = self._tokenizer.encode_chat(
+            messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
+        )
+        if not token_ids:
+            raise InvalidRequestError("messages give an empty prompt under the chat template", param="messages")
+        return token_ids
+
+    def check(self, num_prompt_tokens: int, params: SamplingParams, *, prompt_param: str = "prompt") -> None:
+        """Raise unless the parameters are in range and prompt and answer fit the context."""
+        params.validate(self._tokenizer.vocab_size)
+        limit = self._max_model_len
+        if num_prompt_tokens > limit or (num_prompt_tokens == limit and params.max_tokens != 0):
+            raise InvalidRequestError(
+                f"{prompt_param} has {num_prompt_tokens} tokens; allowed: at most {limit - 1}, so that one more fits "
+                f"the context of {limit}",
+                param=prompt_param,
+            )
+        if params.max_tokens is not None and num_prompt_tokens + params.max_tokens > limit:
+            raise InvalidRequestError(
+                f"max_tokens is {params.max_tokens}; allowed: at most {limit - num_prompt_tokens} after "
+                f"{num_prompt_tokens} prompt tokens in a context of {limit}",
+                param="max_tokens",
+            )

@@ -1,0 +1,184 @@
+"""Offline use: `LLM(model).generate([...])`, the same engine on an event loop of its own thread.
+
+Knows nothing of servers; the model runs in this process (`executor="inproc"`) unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, TypeVar
+
+from servd.config import EngineConfig
+from servd.engine.async_engine import AsyncEngine
+from servd.errors import InvalidRequestError
+from servd.hub import ModelFiles, resolve_model
+from servd.outputs import TokenLogprobs
+from servd.request import FinishReason
+from servd.sampling_params import SamplingParams
+
+T = TypeVar("T")
+Prompt = str | Sequence[int]
+
+
+@dataclass(slots=True)
+class Answer:
+    """One of the n answers to a prompt."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a token, if asked for
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(slots=True)
+class Generation:
+    """A prompt and its answers."""
+
+    prompt: Prompt
+    prompt_token_ids: list[int]
+    answers: list[Answer]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        """The first answer's text."""
+        return self.answers[0].text
+
+
+class LLM:
+    """A model for offline use. `settings` are EngineConfig's flat names, e.g. `dtype="float32"`, `max_num_seqs=32`.
+
+    Raises ConfigError if the model or a setting is wrong. Close it, or use it as a context manager.
+    """
+
+    def __init__(self, model: str = "smollm2-135m-instruct", **settings: Any) -> None:
+        config = EngineConfig.from_flat(model=model, **{"executor": "inproc", **settings})
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="servd-llm", daemon=True)
+        self._thread.start()
+        try:
+            files = resolve_model(model)
+            self.engine = self._call(_start(config, files))
+        except BaseException:
+            self._stop_loop()
+            raise
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[Generation]:
+        """Answer one prompt or many (texts or token id lists), in order; many run in one batch.
+
+        `progress` shows a bar on stderr; by default for more than one prompt on a terminal. Raises
+        InvalidRequestError naming the field, before anything runs, and RequestFailedError.
+        """
+        batch: list[Prompt] = [prompts] if _is_one_prompt(prompts) else list(prompts)  # type: ignore[list-item,arg-type]
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(batch)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(batch):
+            raise InvalidRequestError(
+                f"sampling_params has {len(params)} entries; allowed: one, or one a prompt ({len(batch)})",
+                param="sampling_params",
+            )
+        show = len(batch) > 1 and sys.stderr.isatty() if progress is None else progress
+        return self._call(self._generate_all(batch, params, show))
+
+    def close(self) -> None:
+        """Stop the engine and free the model. Safe to call twice."""
+        if not self._loop.is_closed():
+            self._call(self.engine.close())
+            self._stop_loop()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _generate_all(self, prompts: list[Prompt], params: list[SamplingParams], show: bool) -> list[Generation]:
+        inputs = self.engine.inputs
+        encoded = [inputs.encode_prompt(prompt) for prompt in prompts]
+        for token_ids, one in zip(encoded, params, strict=True):
+            inputs.check(len(token_ids), one)
+        # As many at once as the engine's queue takes; the rest follow as these finish.
+        most_answers = max((one.n for one in params), default=1)
+        slots = asyncio.Semaphore(max(self.engine.config.scheduler.max_num_queued_reqs // most_answers, 1))
+        with _progress_bar(len(prompts), show) as advance:
+
+            async def answer(prompt: Prompt, token_ids: list[int], one: SamplingParams) -> Generation:
+                async with slots:
+                    generation = await self._generate(prompt, token_ids, one)
+                    advance()
+                    return generation
+
+            tasks = [asyncio.ensure_future(answer(*each)) for each in zip(prompts, encoded, params, strict=True)]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:  # one failed: do not leave the others running
+                    task.cancel()
+
+    async def _generate(self, prompt: Prompt, token_ids: list[int], params: SamplingParams) -> Generation:
+        generation = Generation(prompt, token_ids, [Answer() for _ in range(params.n)])
+        async with self.engine.generate(token_ids, params, request_id=f"llm-{uuid.uuid4().hex}") as stream:
+            async for output in stream:
+                if output.error is not None:
+                    raise output.error
+                answer = generation.answers[output.index]
+                answer.text += output.text
+                answer.token_ids += output.token_ids
+                answer.logprobs += output.logprobs
+                answer.finish_reason, answer.stop_reason = output.finish_reason, output.stop_reason
+                generation.num_cached_tokens = max(generation.num_cached_tokens, output.num_cached_tokens)
+                if output.prompt_logprobs is not None:
+                    generation.prompt_logprobs = output.prompt_logprobs
+        return generation
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _start(config: EngineConfig, files: ModelFiles) -> AsyncEngine:
+    engine = AsyncEngine(config, files)
+    await engine.start()
+    return engine
+
+
+def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+
+
+@contextmanager
+def _progress_bar(total: int, show: bool) -> Iterator[Callable[[], None]]:
+    """Yields a function to call when one more prompt is done."""
+    if not show:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)

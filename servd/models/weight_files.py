@@ -1,0 +1,31 @@
+"""The contract of a checkpoint format: which tensors there are, and each in its turn.
+
+Knows nothing of models, or of what the tensors are for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+class WeightFiles(ABC):
+    """The tensors of one checkpoint, read from disk when their turn comes. Never unpickles anything."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Hugging Face names of all tensors, in the order of `tensors`; read from headers alone."""
+
+    @abstractmethod
+    def stored_dtype(self) -> torch.dtype:
+        """The compute dtype that suits what is stored."""
+
+    @abstractmethod
+    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor, on the CPU, in `dtype` or any other floating type; valid until the next one is asked for.
+
+        Raises ConfigError naming the tensor for a type that is not supported.
+        """

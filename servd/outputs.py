@@ -1,0 +1,114 @@
+"""Values that cross a layer or a process: plans to the workers, results back, text to the caller.
+
+Plain data with flat arrays (msgspec structs, cheap to encode); nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+
+from servd.errors import ServdError
+from servd.request import FinishReason
+from servd.sampling_params import SamplingParams
+
+
+class NewRequestData(msgspec.Struct, array_like=True):
+    """All that a worker must know of a request, sent when it starts or starts again after a preemption."""
+
+    request_id: str
+    token_ids: list[int]  # [num_tokens] prompt and, after a preemption, the output so far
+    num_prompt_tokens: int
+    sampling_params: SamplingParams
+    seed: int
+    stop_token_ids: list[int]  # end-of-text and stop ids, masked out until min_tokens
+    block_ids: list[int]  # [num_blocks]
+
+
+class ScheduledRequests(msgspec.Struct, array_like=True):
+    """The requests of a step as parallel arrays, in batch order; known requests are described by diffs alone."""
+
+    request_ids: list[str]  # [num_reqs]
+    num_computed_tokens: list[int]  # [num_reqs] position of the first token computed in this step
+    num_scheduled_tokens: list[int]  # [num_reqs]
+    new_block_ids: list[list[int]]  # [num_reqs][new blocks], appended to the worker's table
+    samples: list[bool]  # [num_reqs] whether the last scheduled token gets logits and a sampled token
+
+
+class SchedulerOutput(msgspec.Struct, array_like=True):
+    """The plan of one step."""
+
+    step_id: int
+    new_requests: list[NewRequestData]
+    scheduled: ScheduledRequests
+    dropped_request_ids: list[str]  # finished, aborted or preempted: the worker forgets them before the step
+    block_copies: list[tuple[int, int]]  # (source, destination) copied before the step: copy-on-write
+    replaced_blocks: list[tuple[str, int, int]]  # (request, index in its table, new block): copy-on-write
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return sum(self.scheduled.num_scheduled_tokens)
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True):
+    """Log-probabilities at one position: of the token itself and of the best alternatives."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 is the most likely token
+    top_token_ids: list[int]  # best first
+    top_logprobs: list[float]
+
+
+class ModelRunnerOutput(msgspec.Struct, array_like=True):
+    """What a step gave."""
+
+    step_id: int
+    request_ids: list[str]  # [num_sampled] the requests with samples=True, in batch order
+    sampled_token_ids: list[int]  # [num_sampled]
+    logprobs: dict[str, TokenLogprobs]  # only requests that asked for them
+    prompt_logprobs: dict[str, list[TokenLogprobs]]  # for prompt positions computed in this step, in order
+    failed: dict[str, str]  # request id → why it alone could not be computed
+    compute_seconds: float  # wall time in the worker
+
+
+class WorkerInfo(msgspec.Struct, array_like=True):
+    """What the worker reports once it has loaded the model and measured its memory."""
+
+    device: str
+    dtype: str
+    num_blocks: int  # KV blocks, the null block included
+    block_bytes: int  # of one block over all layers
+    kernel_backend: str
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """News of one request since the caller last looked; consecutive ones are merged when the caller is slow."""
+
+    request_id: str
+    index: int  # which of the n answers
+    text: str = ""  # new text
+    token_ids: list[int] = field(default_factory=list)  # new tokens
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a new token, if asked for
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # whole prompt, first None; set once
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or token that ended it
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0  # so far, these included
+    error: ServdError | None = None  # set with finish_reason ABORT, DEADLINE and ERROR: half an answer is no answer
+
+    def merge(self, later: RequestOutput) -> None:
+        """Take in `later`, which follows this one."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+        self.prompt_logprobs = later.prompt_logprobs if self.prompt_logprobs is None else self.prompt_logprobs
+        self.finish_reason = later.finish_reason
+        self.stop_reason = later.stop_reason
+        self.num_cached_tokens = later.num_cached_tokens
+        self.num_output_tokens = later.num_output_tokens
+        self.error = later.error

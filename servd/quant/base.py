@@ -1,0 +1,60 @@
+"""The contract of a weight format: how one linear layer's matrix is stored, loaded and multiplied.
+
+Knows nothing of ranks or of fused projections: a `Shard` says which part goes where.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from servd.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The part of a checkpoint's matrix that this rank keeps; counted in features, whatever the packing."""
+
+    out_features: slice  # rows kept of the checkpoint's matrix
+    in_features: slice  # columns kept
+    offset: int  # output feature of the layer's own matrix where the kept rows begin
+
+
+class QuantMethod(ABC):
+    """One linear layer's matrix, [out_features, in_features]; an instance belongs to one layer.
+
+    Order of calls: `create_weights`, `load_shard` for every tensor of every part, `finish_loading`, then `apply`.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+
+    @abstractmethod
+    def create_weights(self, out_features: int, in_features: int) -> None:
+        """Make room for this rank's matrix, all fused parts together."""
+
+    @abstractmethod
+    def checkpoint_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """What a checkpoint holds for a whole matrix of that size: last part of the tensor's name → its shape."""
+
+    @abstractmethod
+    def load_shard(self, name: str, tensor: Tensor, shard: Shard) -> None:
+        """Take `shard` out of the checkpoint's tensor, whose name ends in `name` and whose shape was checked."""
+
+    @abstractmethod
+    def finish_loading(self) -> None:
+        """All parts are there: bring them into the form that the kernel wants."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [num_tokens, in_features] times the matrix, plus bias [out_features] → [num_tokens, out_features].
+
+        A row of the result depends on that row of x alone, to the bit.
+        """
+
+
+QUANT_METHODS: Registry[type[QuantMethod]] = Registry("weight format", "servd.quant")

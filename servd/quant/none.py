@@ -1,0 +1,43 @@
+"""Weights in the compute dtype, packed for the linear kernel.
+
+Knows nothing of scales: there are none.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from servd_kernels import linear
+from torch import Tensor
+
+from servd.quant.base import QUANT_METHODS, QuantMethod, Shard
+
+
+@QUANT_METHODS.register("none")
+class DenseWeights(QuantMethod):
+    """One tensor `weight` a part; any floating dtype on disk is cast to the compute dtype."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(dtype, device)
+        self._linear = cast(linear.BoundLinear, linear.OP.bind(device=device.type, dtype=dtype))
+        self._weight: Tensor | None = None  # [out_features, in_features] until it is packed
+
+    def create_weights(self, out_features: int, in_features: int) -> None:
+        self._weight = torch.empty(out_features, in_features, dtype=self.dtype, device=self.device)
+
+    def checkpoint_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        return {"weight": (out_features, in_features)}
+
+    def load_shard(self, name: str, tensor: Tensor, shard: Shard) -> None:
+        assert self._weight is not None, "loaded after finish_loading"
+        rows = tensor[shard.out_features, shard.in_features]
+        self._weight[shard.offset : shard.offset + rows.shape[0]].copy_(rows)
+
+    def finish_loading(self) -> None:
+        assert self._weight is not None, "finish_loading called twice"
+        self._packed = self._linear.pack(self._weight)
+        self._weight = None  # the packed form may be a copy: never hold both
+
+    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self._linear(x, self._packed, bias)

@@ -1,0 +1,112 @@
+"""How one request is sampled: the fields, their ranges, and the check of both.
+
+Knows nothing of where the values came from (HTTP, gRPC, Python) nor of how sampling is done.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from servd.errors import InvalidRequestError
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 256
+MAX_LOGIT_BIASES = 1024
+MAX_N = 128
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Sampling settings of one request; the names are vLLM's. `validate()` checks ranges.
+
+    n: answers to the same prompt. max_tokens: longest answer (None: what the context allows). min_tokens: end-of-text
+    and stop ids are held back until so many tokens are there. temperature: 0 is greedy. top_k: 0 keeps all. logprobs:
+    how many of the best alternatives to report with each token (None: no logprobs). prompt_logprobs: the same for
+    the prompt's tokens. seed: the draw at position p depends on (seed, p) alone.
+    """
+
+    n: int = 1
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def validate(self, vocab_size: int) -> None:
+        """Raise InvalidRequestError naming the first field out of its range."""
+        _check_int("n", self.n, 1, MAX_N)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 0, 1 << 31)
+        _check_int("min_tokens", self.min_tokens, 0, 1 << 31)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            _fail("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
+        _check_float("temperature", self.temperature, 0.0, 100.0)
+        _check_float("top_p", self.top_p, 0.0, 1.0, above_low=True)
+        _check_int("top_k", self.top_k, 0, 1 << 31)
+        _check_float("min_p", self.min_p, 0.0, 1.0)
+        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above_low=True)
+        if self.seed is not None:
+            _check_int("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None:
+                _check_int(name, count, 0, MAX_LOGPROBS)
+        self._validate_stops(vocab_size)
+        biases = self.logit_bias or {}
+        if len(biases) > MAX_LOGIT_BIASES:
+            _fail("logit_bias", f"{len(biases)} biases", f"at most {MAX_LOGIT_BIASES} biases")
+        for token_id, bias in biases.items():
+            if not 0 <= token_id < vocab_size:
+                _fail("logit_bias", token_id, f"token ids from 0 to {vocab_size - 1}")
+            _check_float(f"logit_bias.{token_id}", bias, -100.0, 100.0)
+
+    def _validate_stops(self, vocab_size: int) -> None:
+        if len(self.stop) > MAX_STOP_STRINGS:
+            _fail("stop", f"{len(self.stop)} strings", f"at most {MAX_STOP_STRINGS} strings")
+        if any(not text for text in self.stop):
+            _fail("stop", "''", "strings that are not empty")
+        longest = max(map(len, self.stop), default=0)
+        if longest > MAX_STOP_CHARS:
+            _fail("stop", f"a string of {longest} characters", f"at most {MAX_STOP_CHARS} characters")
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            _fail("stop_token_ids", f"{len(self.stop_token_ids)} ids", f"at most {MAX_STOP_TOKEN_IDS} ids")
+        for token_id in self.stop_token_ids:
+            if not 0 <= token_id < vocab_size:
+                _fail("stop_token_ids", token_id, f"token ids from 0 to {vocab_size - 1}")
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        _fail(name, repr(value), "an integer")
+    elif not low <= value <= high:
+        _fail(name, value, f"{low} to {high}")
+
+
+def _check_float(name: str, value: object, low: float, high: float, *, above_low: bool = False) -> None:
+    allowed = f"{'above ' if above_low else ''}{low:g} to {high:g}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        _fail(name, repr(value), f"a finite number, {allowed}")
+    elif not low <= value <= high or (above_low and value == low):
+        _fail(name, value, allowed)
+
+
+def _fail(name: str, value: object, allowed: str) -> None:
+    raise InvalidRequestError(f"{name} is {value}; allowed: {allowed}", param=name.split(".")[0])

@@ -1,0 +1,331 @@
+"""The scheduler: hands out a step's token budget, preempts when blocks run out, and takes in a step's results.
+
+There is no prefill or decode here: each request's `num_computed_tokens` chases its planned tokens. Knows nothing of
+executors or text. Steps are planned ahead of their predecessors' results, so a plan never holds sampled tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import count
+
+from servd.cache.kv_cache_manager import Allocation, KVCacheManager
+from servd.config import SchedulerConfig
+from servd.outputs import (
+    ModelRunnerOutput,
+    NewRequestData,
+    ScheduledRequests,
+    SchedulerOutput,
+    TokenLogprobs,
+)
+from servd.request import FinishReason, Request, RequestStatus
+from servd.scheduler.policies import POLICIES
+from servd.scheduler.queue import RequestQueue
+
+# A request in whose steps the workers died (or the step failed) this often, with no token gained, runs alone; once
+# more, and it is failed.
+DEATHS_BEFORE_QUARANTINE = 2
+GIVEN_UP = "the model worker failed each time it computed this request"
+
+
+@dataclass(slots=True)
+class Update:
+    """What one step did for one request."""
+
+    request: Request
+    new_token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class _Share:
+    """A request's part of a step in flight."""
+
+    request: Request
+    num_computed_after: int
+    samples: bool
+
+
+class _Plan:
+    """A SchedulerOutput being put together."""
+
+    def __init__(self, step_id: int, dropped: list[str]) -> None:
+        scheduled = ScheduledRequests([], [], [], [], [])
+        self.output = SchedulerOutput(step_id, [], scheduled, dropped, [], [])
+        self.shares: list[_Share] = []
+
+    def add(self, request: Request, num_tokens: int, samples: bool, allocation: Allocation) -> None:
+        output, scheduled = self.output, self.output.scheduled
+        scheduled.request_ids.append(request.request_id)
+        scheduled.num_computed_tokens.append(request.num_computed_tokens)
+        scheduled.num_scheduled_tokens.append(num_tokens)
+        scheduled.samples.append(samples)
+        scheduled.new_block_ids.append(allocation.new_block_ids)
+        output.block_copies.extend(allocation.copies)
+        output.replaced_blocks.extend((request.request_id, i, block) for i, block in allocation.replaced)
+        self.shares.append(_Share(request, request.num_computed_tokens + num_tokens, samples))
+
+
+def _is_quarantined(request: Request) -> bool:
+    """Whether the request may run only alone, to find out whether it is what kills the workers."""
+    return request.num_worker_deaths >= DEATHS_BEFORE_QUARANTINE
+
+
+class Scheduler:
+    """Owns all live requests. Not thread-safe: one task calls it."""
+
+    def __init__(self, config: SchedulerConfig, cache: KVCacheManager) -> None:
+        self.config = config
+        self.cache = cache
+        policy = POLICIES.get(config.scheduling_policy)
+        self.requests: dict[str, Request] = {}
+        self.waiting = RequestQueue(policy)
+        self.running = RequestQueue(policy)
+        self.num_preemptions = 0
+        self._dropped: list[str] = []  # request ids the workers must forget with the next plan
+        self._inflight: dict[int, list[_Share]] = {}
+        self._step_ids = count()
+
+    def add(self, request: Request) -> None:
+        """Take in a new request, to run when its turn comes."""
+        assert request.request_id not in self.requests, f"{request} is known already"
+        self.requests[request.request_id] = request
+        self.waiting.add(request)
+
+    def finish(self, request_id: str, reason: FinishReason) -> Request | None:
+        """End a request from outside (abort, stop string); its blocks are free at once. None if it is not known."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            self._finish(request, reason)
+        return request
+
+    def has_work(self) -> bool:
+        """Whether any request is alive."""
+        return bool(self.requests)
+
+    # -- planning -----------------------------------------------------------------------------------------------
+
+    def schedule(self) -> SchedulerOutput | None:
+        """Plan the next step, or None if nothing can be computed before a step in flight ends."""
+        plan = _Plan(next(self._step_ids), self._dropped)
+        preemptions = self.num_preemptions
+        budget = self._schedule_running(plan, self.config.max_num_batched_tokens)
+        if self.num_preemptions == preemptions:  # else the blocks just freed would go straight back
+            self._schedule_waiting(plan, budget)
+        if not plan.shares:
+            return None  # ids in `_dropped` go with the next plan that has work
+        self._dropped = []
+        for share in plan.shares:
+            request = share.request
+            request.num_computed_tokens = share.num_computed_after
+            request.num_inflight_steps += 1
+            request.num_inflight_tokens += share.samples
+        self._inflight[plan.output.step_id] = plan.shares
+        return plan.output
+
+    def _schedule_running(self, plan: _Plan, budget: int) -> int:
+        behind = len(self.running)
+        for request in self.running:
+            behind -= 1
+            if request.status is not RequestStatus.RUNNING:
+                continue  # preempted on behalf of one before it
+            # Leave a token for each request behind, so that a long prompt never stalls the streams after it.
+            num_tokens = self._num_tokens_to_compute(request, budget - behind)
+            if num_tokens == 0:
+                continue
+            allocation = self._allocate_or_preempt(request, num_tokens)
+            if allocation is None:
+                continue  # it was preempted itself
+            plan.add(request, num_tokens, self._samples(request, num_tokens), allocation)
+            budget -= num_tokens
+        return budget
+
+    def _schedule_waiting(self, plan: _Plan, budget: int) -> None:
+        alone = any(_is_quarantined(request) for request in self.running)
+        for request in self.waiting:
+            if budget == 0 or alone or len(self.running) >= self.config.max_num_seqs:
+                return
+            if request.num_inflight_steps or self._waits_for_parent(request):
+                continue
+            alone = _is_quarantined(request)
+            if alone and len(self.running):
+                return  # let the others finish first
+            num_tokens = self._admit(request, budget, plan)
+            if num_tokens is None:
+                return  # no room for it, and none may overtake it
+            budget -= num_tokens
+
+    def _admit(self, request: Request, budget: int, plan: _Plan) -> int | None:
+        """Start a waiting request if all its tokens fit, now and for a while; returns the tokens scheduled."""
+        parent = self.requests.get(request.parent_id) if request.parent_id else None
+        if parent is not None and parent.status is RequestStatus.RUNNING and not request.output_token_ids:
+            request.num_computed_tokens = self.cache.fork(parent, request, request.num_prompt_tokens)
+        else:
+            request.num_computed_tokens = self.cache.attach_cached_prefix(request)
+        num_cached = request.num_computed_tokens
+        # Room for the whole prompt, and for one more block of every running request: without it, a request admitted
+        # into the last blocks would be preempted a few steps later, over and over.
+        table_length = len(self.cache.block_ids(request))
+        needed = self.cache.num_blocks_for(request.num_tokens) - table_length + len(self.running)
+        num_tokens = self._num_tokens_to_compute(request, budget)
+        allocation = None
+        if needed <= self.cache.pool.num_free:
+            allocation = self.cache.allocate_slots(request, request.num_computed_tokens, num_tokens)
+        if allocation is None:
+            self.cache.free(request)
+            request.num_computed_tokens = 0
+            return None
+        self.cache.count_prefix_lookup(request.num_tokens, num_cached)
+        if request.num_preemptions == 0:
+            request.num_cached_tokens = num_cached
+        self.waiting.remove(request)
+        self.running.add(request)
+        request.status = RequestStatus.RUNNING
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = time.monotonic()
+        params = request.sampling_params
+        stop_ids = list(params.stop_token_ids) + ([] if params.ignore_eos else sorted(request.eos_token_ids))
+        plan.output.new_requests.append(
+            NewRequestData(
+                request.request_id, request.all_token_ids(), request.num_prompt_tokens, params, request.seed,
+                stop_ids, self.cache.block_ids(request),
+            )
+        )  # fmt: skip
+        # The table was sent whole: only the copies of shared blocks are left to tell.
+        plan.add(request, num_tokens, self._samples(request, num_tokens), Allocation(copies=allocation.copies))
+        return num_tokens
+
+    def _num_tokens_to_compute(self, request: Request, budget: int) -> int:
+        todo = request.num_planned_tokens - request.num_computed_tokens
+        if request.num_computed_tokens >= request.num_prompt_tokens and (
+            request.num_planned_tokens >= request.max_total_tokens
+        ):
+            return 0  # its last token is being sampled, and needs no KV
+        threshold = self.config.long_prefill_token_threshold
+        return min(todo, budget, threshold) if threshold else min(todo, budget)
+
+    def _samples(self, request: Request, num_tokens: int) -> bool:
+        reaches_end = request.num_computed_tokens + num_tokens == request.num_planned_tokens
+        return reaches_end and request.num_planned_tokens < request.max_total_tokens
+
+    def _waits_for_parent(self, request: Request) -> bool:
+        """Whether the request should share the prompt's blocks of a parent that has not computed them yet."""
+        if request.parent_id is None or request.output_token_ids:
+            return False
+        parent = self.requests.get(request.parent_id)
+        return parent is not None and parent.num_computed_tokens < parent.num_prompt_tokens
+
+    # -- preemption and the end of requests ------------------------------------------------------------------------
+
+    def _allocate_or_preempt(self, request: Request, num_tokens: int) -> Allocation | None:
+        """Slots for a running request, taken from the last running ones if need be; None if it is the last itself."""
+        while True:
+            allocation = self.cache.allocate_slots(request, request.num_computed_tokens, num_tokens)
+            if allocation is not None:
+                return allocation
+            victim = self.running.last()
+            self.preempt(victim)
+            if victim is request:
+                return None
+
+    def preempt(self, request: Request) -> None:
+        """Take a running request's blocks; it waits at its place in the queue and is computed again from its tokens.
+
+        Tokens of steps in flight still count when they arrive: the request waits for them before it starts again.
+        """
+        assert request.status is RequestStatus.RUNNING, f"cannot preempt {request}"
+        self.running.remove(request)
+        self.cache.free(request)
+        self._dropped.append(request.request_id)
+        request.status = RequestStatus.WAITING
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.add(request)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+            self._dropped.append(request.request_id)
+        else:
+            self.waiting.remove(request)
+        self.cache.free(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        del self.requests[request.request_id]
+
+    # -- results ---------------------------------------------------------------------------------------------------
+
+    def update_from_output(self, output: ModelRunnerOutput) -> list[Update]:
+        """Take in a finished step: append tokens, cache full blocks, end what is complete."""
+        sampled = dict(zip(output.request_ids, output.sampled_token_ids, strict=True))
+        updates = []
+        for share in self._inflight.pop(output.step_id):
+            request = share.request
+            request.num_inflight_steps -= 1
+            request.num_inflight_tokens -= share.samples
+            if request.status is RequestStatus.FINISHED:
+                continue  # ended from outside while the step ran
+            update = Update(request)
+            request_id = request.request_id
+            if request_id in output.failed:
+                update.error = output.failed[request_id]
+                update.finish_reason = FinishReason.ERROR
+            else:
+                update.prompt_logprobs = output.prompt_logprobs.get(request_id)
+                if share.samples:
+                    self._append_token(update, sampled[request_id], output.logprobs.get(request_id))
+                elif share.num_computed_after >= request.max_total_tokens:
+                    update.finish_reason = FinishReason.LENGTH  # max_tokens is 0: only the prompt was wanted
+                if request.status is RequestStatus.RUNNING:
+                    self.cache.cache_full_blocks(request, share.num_computed_after)
+            if update.finish_reason is not None:
+                self._finish(request, update.finish_reason)
+            updates.append(update)
+        return updates
+
+    def _append_token(self, update: Update, token_id: int, logprobs: TokenLogprobs | None) -> None:
+        request, params = update.request, update.request.sampling_params
+        request.output_token_ids.append(token_id)
+        request.num_worker_deaths = 0  # it got past the point where the workers died
+        update.new_token_id = token_id
+        update.logprobs = logprobs
+        if len(request.output_token_ids) >= params.min_tokens and (
+            (token_id in request.eos_token_ids and not params.ignore_eos) or token_id in params.stop_token_ids
+        ):
+            update.finish_reason = FinishReason.STOP
+            update.stop_token_id = token_id
+        elif request.num_tokens >= request.max_total_tokens:
+            update.finish_reason = FinishReason.LENGTH
+
+    def recover(self, *, workers_lost: bool) -> list[Update]:
+        """The steps in flight are lost: every running request starts again from the tokens it has.
+
+        The requests of the oldest step in flight, the one that was being computed, are the suspects. One that is a
+        suspect again and again without gaining a token is first run alone, and then given up: those are returned.
+        With `workers_lost` there is nobody to tell which requests to forget.
+        """
+        suspects = [share.request for share in self._inflight[min(self._inflight)]] if self._inflight else []
+        for shares in self._inflight.values():
+            for share in shares:
+                share.request.num_inflight_steps = share.request.num_inflight_tokens = 0
+        self._inflight.clear()
+        given_up = []
+        for request in suspects:
+            if request.status is RequestStatus.FINISHED:
+                continue
+            request.num_worker_deaths += 1
+            if request.num_worker_deaths > DEATHS_BEFORE_QUARANTINE:
+                given_up.append(Update(request, finish_reason=FinishReason.ERROR, error=GIVEN_UP))
+                self._finish(request, FinishReason.ERROR)
+        for request in self.running:
+            self.preempt(request)
+        self.cache.forget_cached()
+        if workers_lost:
+            self._dropped = []
+        return given_up

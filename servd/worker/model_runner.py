@@ -1,0 +1,140 @@
+"""One step: plan in, tokens out. Pack, run the model, sample, remember the tokens.
+
+Owns the input batch. Knows nothing of processes, of scheduling, or of how the model computes.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from servd.attention.metadata import AttentionMetadata
+from servd.outputs import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
+from servd.worker.input_batch import InputBatch, PackedBatch, PromptTargets
+from servd.worker.kv_cache import PagedKVCache
+from servd.worker.logprobs import gather_logprobs
+from servd.worker.sampler import Sampler
+
+# Prompt logprobs need a [rows, vocab_size] array; so many rows at a time keep it small beside the weights.
+PROMPT_LOGPROB_ROWS = 64
+
+
+class RunnableModel(Protocol):
+    """What the runner needs of a model (see servd.models)."""
+
+    vocab_size: int
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, attention: AttentionMetadata, kv_caches: list[Tensor]
+    ) -> Tensor:
+        """input_ids, positions [num_tokens] int64 → hidden [num_tokens, hidden]."""
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden [num_rows, hidden] → [num_rows, vocab_size] float32."""
+
+
+@dataclass(slots=True)
+class _Sampled:
+    """What the sampling rows of a step gave."""
+
+    request_ids: list[str] = field(default_factory=list)  # without failed ones
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
+
+
+class ModelRunner:
+    """Executes plans one after the other. The model and the cache lie on `device`; the batch's memory on the host."""
+
+    def __init__(
+        self,
+        model: RunnableModel,
+        kv_cache: PagedKVCache,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.kv_cache = kv_cache
+        self.device = device
+        self.batch = InputBatch(max_num_seqs, max_model_len, kv_cache.block_size, model.vocab_size)
+        self.sampler = Sampler()
+
+    @torch.inference_mode()
+    def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
+        """Run one step.
+
+        The plan's changes to requests and blocks are taken in before anything can fail, so that a step that raises
+        leaves the batch in step with the plans; only its tokens are then missing, and requests planned beyond them
+        are reported in `failed`. A request that cannot be computed is in `failed` and in no other field.
+        """
+        began = time.perf_counter()
+        self.batch.apply(plan)
+        self.kv_cache.copy_blocks(plan.block_copies)
+        packed = self.batch.pack(plan.scheduled)
+        sampled = _Sampled()
+        prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
+        if packed.request_ids:
+            hidden = self.model.forward(
+                self._tensor(packed.input_ids),
+                self._tensor(packed.positions),
+                self._attention(packed),
+                self.kv_cache.layers,
+            )
+            for targets in packed.prompt_targets:
+                prompt_logprobs[targets.request_id] = self._prompt_logprobs(hidden, targets)
+            if packed.sample_request_ids:
+                sampled = self._sample(hidden, packed)
+        failed = {r: self.batch.failed[r] for r in plan.scheduled.request_ids if r in self.batch.failed}
+        return ModelRunnerOutput(
+            step_id=plan.step_id,
+            request_ids=sampled.request_ids,
+            sampled_token_ids=sampled.token_ids,
+            logprobs=sampled.logprobs,
+            prompt_logprobs={r: found for r, found in prompt_logprobs.items() if r not in failed},
+            failed=failed,
+            compute_seconds=time.perf_counter() - began,
+        )
+
+    def _attention(self, packed: PackedBatch) -> AttentionMetadata:
+        return AttentionMetadata(
+            cu_seqlens_q=self._tensor(packed.cu_seqlens_q),
+            seq_lens=self._tensor(packed.seq_lens),
+            block_tables=self._tensor(packed.block_tables),
+            slot_mapping=self._tensor(packed.slot_mapping),
+        )
+
+    def _sample(self, hidden: Tensor, packed: PackedBatch) -> _Sampled:
+        logits = self.model.compute_logits(hidden[self._tensor(packed.sample_indices)])
+        output = self.sampler(logits, packed.sampling)
+        for row, reason in output.failed.items():
+            self.batch.fail(packed.sample_request_ids[row], reason)
+        alive = np.array([request_id not in self.batch.failed for request_id in packed.sample_request_ids], np.bool_)
+        self.batch.append_tokens(packed.sample_rows[alive], packed.sample_positions[alive], output.token_ids[alive])
+        kept = np.flatnonzero(alive).tolist()
+        return _Sampled(
+            request_ids=[packed.sample_request_ids[i] for i in kept],
+            token_ids=output.token_ids[alive].tolist(),
+            logprobs={packed.sample_request_ids[i]: entry for i in kept if (entry := output.logprobs[i]) is not None},
+        )
+
+    def _prompt_logprobs(self, hidden: Tensor, targets: PromptTargets) -> list[TokenLogprobs]:
+        found: list[TokenLogprobs] = []
+        for begin in range(0, len(targets.token_ids), PROMPT_LOGPROB_ROWS):
+            token_ids = targets.token_ids[begin : begin + PROMPT_LOGPROB_ROWS]
+            first = targets.first_index + begin
+            logits = self.model.compute_logits(hidden[first : first + len(token_ids)])
+            if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
+                self.batch.fail(targets.request_id, "the model's logits hold NaN or infinity in the prompt")
+                return []
+            found += gather_logprobs(logits, self._tensor(token_ids), [targets.num_top] * len(token_ids))
+        return found
+
+    def _tensor(self, values: npt.NDArray[np.int32] | npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(values).to(self.device, non_blocking=True)

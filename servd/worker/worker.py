@@ -1,0 +1,158 @@
+"""One rank: picks the device, loads the model, sizes the KV cache, executes plans.
+
+Knows nothing of the process or thread it runs in, nor of who sends the plans.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from servd_kernels import native
+from servd_kernels.paged_attention import OP as PAGED_ATTENTION
+from torch import Tensor
+
+from servd.attention.metadata import AttentionMetadata
+from servd.config import EngineConfig, default_cpu_kv_memory
+from servd.errors import ConfigError
+from servd.kv_dtypes.base import KV_DTYPES, KVCacheSpec, KVDtype
+from servd.models.base import Model
+from servd.models.loader import Progress, load_model
+from servd.outputs import ModelRunnerOutput, SchedulerOutput, WorkerInfo
+from servd.worker.kv_cache import PagedKVCache, num_blocks_for
+from servd.worker.model_runner import ModelRunner
+
+if TYPE_CHECKING:
+    from servd.hub.files import ModelFiles  # the control plane's: only its shape is used here
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """A loaded model with its KV cache. All calls come from the thread that made it: torch's threads belong to it."""
+
+    def __init__(self, config: EngineConfig, files: ModelFiles, progress: Progress | None = None) -> None:
+        """Load everything. Raises ConfigError naming the flag or the file that is wrong."""
+        self.device = choose_device(config.model.device)
+        if self.device.type == "cpu":
+            set_threads(config.parallel.threads)
+        self.model = load_model(files, dtype=config.model.dtype, device=str(self.device), progress=progress)
+        if self.device.type == "cpu" and native.library() is not None:
+            # Steps compute in the native kernels' threads. A second pool that spins on the same cores between torch's
+            # few small operations would only take them away.
+            torch.set_num_threads(1)
+        self.max_model_len = _max_model_len(config.model.max_model_len, self.model)
+        spec = KVCacheSpec(
+            num_layers=self.model.num_layers,
+            num_kv_heads=self.model.num_kv_heads,
+            head_dim=self.model.head_dim,
+            block_size=config.cache.block_size,
+            dtype=self.model.dtype,
+            device=self.device,
+        )
+        kv_dtype = KV_DTYPES.get(config.cache.kv_cache_dtype)(spec)
+        max_num_seqs = config.scheduler.max_num_seqs
+        num_blocks = num_blocks_for(
+            self._kv_memory(config, kv_dtype),
+            kv_dtype.block_bytes,
+            block_size=spec.block_size,
+            max_model_len=self.max_model_len,
+            max_num_seqs=max_num_seqs,
+        )
+        self.kv_cache = PagedKVCache(kv_dtype, num_blocks)
+        self.runner = ModelRunner(
+            self.model,
+            self.kv_cache,
+            max_num_seqs=max_num_seqs,
+            max_model_len=self.max_model_len,
+            device=self.device,
+        )
+
+    def info(self) -> WorkerInfo:
+        """What the engine must know before it plans."""
+        return WorkerInfo(
+            device=str(self.device),
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            num_blocks=self.kv_cache.num_blocks,
+            block_bytes=self.kv_cache.block_bytes,
+            kernel_backend=kernel_backend(self.device, self.model.dtype),
+        )
+
+    def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
+        """Run one step; see ModelRunner.execute."""
+        return self.runner.execute(plan)
+
+    def _kv_memory(self, config: EngineConfig, kv_dtype: KVDtype) -> int:
+        """Bytes for KV blocks: as asked, else by the rule of the device."""
+        if config.cache.kv_cache_memory is not None:
+            return config.cache.kv_cache_memory
+        if self.device.type == "cpu":
+            return default_cpu_kv_memory()
+        return _free_gpu_memory(config, self.model, kv_dtype)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `name` (auto, cpu, cuda) stands for here. Raises ConfigError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, but torch sees no GPU here; allowed: auto, cpu")
+    return torch.device(name)
+
+
+def set_threads(threads: int | None) -> None:
+    """Give torch and the native kernels so many threads; None: as many as the cores this process may use."""
+    if threads is None:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    native.set_num_threads(threads)
+
+
+def kernel_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """Which kernels serve this device, e.g. 'cpu (avx512)', judged by paged attention."""
+    for name in PAGED_ATTENTION.backends():
+        if PAGED_ATTENTION.reason_against(name, device.type, dtype) is None:
+            library = native.library() if name == "cpu" else None
+            return f"{name} ({library.isa})" if library else name
+    return "none"
+
+
+def _max_model_len(asked: int | None, model: Model) -> int:
+    limit = model.max_position_embeddings
+    if asked is not None and asked > limit:
+        raise ConfigError(f"--max-model-len is {asked}; allowed: at most the model's {limit}")
+    return limit if asked is None else asked
+
+
+@torch.inference_mode()
+def _free_gpu_memory(config: EngineConfig, model: Model, kv_dtype: KVDtype) -> int:
+    """Bytes left for KV blocks in this process's share of the card, after the largest step has run once."""
+    device = kv_dtype.spec.device
+    torch.cuda.reset_peak_memory_stats(device)
+    layers = kv_dtype.allocate(1)
+    num_tokens = config.scheduler.max_num_batched_tokens
+
+    def ints(count: int, value: int, dtype: torch.dtype) -> Tensor:
+        return torch.full((count,), value, dtype=dtype, device=device)
+
+    metadata = AttentionMetadata(  # requests of one token each, which write nothing
+        cu_seqlens_q=torch.arange(num_tokens + 1, dtype=torch.int32, device=device),
+        seq_lens=ints(num_tokens, 1, torch.int32),
+        block_tables=ints(num_tokens, 0, torch.int32).unsqueeze(1),
+        slot_mapping=ints(num_tokens, -1, torch.int64),
+    )
+    zeros = ints(num_tokens, 0, torch.int64)
+    hidden = model.forward(zeros, zeros, metadata, layers)
+    logits = model.compute_logits(hidden[: config.scheduler.max_num_seqs])
+    torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)  # what the sampler needs besides
+    torch.cuda.synchronize(device)
+    free, total = torch.cuda.mem_get_info(device)
+    not_torch = total - free - torch.cuda.memory_reserved(device)  # the context, kernels, other processes
+    peak = torch.cuda.max_memory_allocated(device)
+    budget = int(total * config.cache.gpu_memory_utilization) - not_torch - peak
+    logger.info("GPU memory: %d MiB peak in a step, %d MiB left for KV", peak >> 20, budget >> 20)
+    del layers, hidden, logits
+    torch.cuda.empty_cache()
+    return max(budget, 0)

@@ -1,0 +1,147 @@
+"""Bodies and heads that are too large, too slow or not HTTP: refused early, in JSON, with the connection in order."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import io
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from servd.config import ServerConfig
+from tests.api.http.serving import COMPLETIONS, serve
+
+SMALL = ServerConfig(port=0, max_body_bytes=100_000)
+HEAD = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\n".encode()
+
+
+def test_a_body_over_the_limit_is_413(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path) as server:  # the default limit
+            twenty_mb = b'{"prompt": "' + b"x" * 20_000_000 + b'"}'
+            reply = await server.post(COMPLETIONS, io.BytesIO(twenty_mb))
+            assert (reply.status, reply.error()["code"]) == (413, "payload_too_large")
+            assert "8388608 bytes" in reply.error()["message"]
+
+    asyncio.run(main())
+
+
+def test_413_for_chunked_and_compressed_bodies(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path, server=SMALL) as server:
+            async def chunks() -> object:
+                for _ in range(200):
+                    yield b"x" * 1000
+
+            chunked = await server.request("POST", COMPLETIONS, data=chunks())
+            assert (chunked.status, chunked.error()["code"]) == (413, "payload_too_large")
+            bomb = gzip.compress(b" " * 50_000_000)
+            assert len(bomb) < SMALL.max_body_bytes
+            reply = await server.post(COMPLETIONS, bomb, headers={"Content-Encoding": "gzip"})
+            assert (reply.status, reply.error()["code"]) == (413, "payload_too_large")
+            packed = gzip.compress(json.dumps({"prompt": "x"}).encode())
+            assert (await server.post(COMPLETIONS, packed, headers={"Content-Encoding": "gzip"})).status == 200
+            broken = await server.post(COMPLETIONS, b"not gzip", headers={"Content-Encoding": "gzip"})
+            assert broken.status == 400
+            broken.error()
+
+    asyncio.run(main())
+
+
+def test_a_body_at_the_limit_is_taken(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path, server=SMALL) as server:
+            body = b'{"prompt": "x"}'
+            padded = body + b" " * (SMALL.max_body_bytes - len(body))
+            assert (await server.post(COMPLETIONS, padded)).status == 200
+            assert (await server.post(COMPLETIONS, padded + b" ")).status == 413
+
+    asyncio.run(main())
+
+
+def test_a_length_over_the_limit_is_refused_before_the_body_comes(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path, server=SMALL) as server:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(HEAD + b"Content-Length: 20000000\r\n\r\n")
+            async with asyncio.timeout(3):
+                assert (await reader.readline()).startswith(b"HTTP/1.1 413")
+            writer.close()
+
+    asyncio.run(main())
+
+
+def test_many_tiny_chunks(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path, server=SMALL) as server:
+            head = HEAD + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+            answer = await server.raw(head + b"1\r\n \r\n" * 150_000 + b"0\r\n\r\n", seconds=30)
+            assert answer.startswith(b"HTTP/1.1 413"), answer[:100]
+
+    asyncio.run(main())
+
+
+def test_a_body_that_does_not_arrive_is_408(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path, body_timeout=0.1) as server:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(HEAD + b"Content-Length: 50\r\n\r\n{")
+            async with asyncio.timeout(3):
+                assert (await reader.readline()).startswith(b"HTTP/1.1 408")
+            writer.close()
+
+    asyncio.run(main())
+
+
+def test_bytes_that_are_not_http_get_json(tmp_path: Path) -> None:
+    large = b"x" * 100_000
+    heads = {
+        "negative length": HEAD + b"Content-Length: -5\r\n\r\n",
+        "length that is no number": HEAD + b"Content-Length: five\r\n\r\n",
+        "two lengths": HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+        "length and chunked": HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "bad chunk size": HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
+        "no method": b"hello there\r\n\r\n",
+        "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(50) + b"\r\n\r\n",
+        "large header": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + large + b"\r\n\r\n",
+        "large path": b"GET /" + large + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        "many headers": b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 10_000 + b"\r\n",
+        "header without colon": b"GET /health HTTP/1.1\r\nHost localhost\r\n\r\n",
+        "bare line feeds": b"GET /health HTTP/1.1\nHost: localhost\n\n",
+        "folded header": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\r\n b\r\n\r\n",
+    }
+
+    async def main() -> None:
+        async with serve(tmp_path) as server:
+            for name, data in heads.items():
+                answer = await server.raw(data)
+                head, _, body = answer.partition(b"\r\n\r\n")
+                assert head.split(b" ")[1] == b"400", (name, answer[:200])
+                assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}, (name, body)
+                assert b"site-packages" not in body
+            assert (await server.request("GET", "/health")).status == 200
+
+    asyncio.run(main())
+
+
+def test_small_writes_are_not_delayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: list[int] = []
+    prepare = web.StreamResponse.prepare
+
+    async def spying(response: web.StreamResponse, request: web.BaseRequest) -> object:
+        assert request.transport is not None
+        connection = request.transport.get_extra_info("socket")
+        options.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        return await prepare(response, request)
+
+    async def main() -> None:
+        async with serve(tmp_path) as server:
+            monkeypatch.setattr(web.StreamResponse, "prepare", spying)
+            await server.post(COMPLETIONS, {"prompt": "x", "stream": True})
+
+    asyncio.run(main())
+    assert set(options) == {1}

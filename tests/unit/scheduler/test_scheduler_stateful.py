@@ -1,0 +1,116 @@
+"""Random histories of the scheduler over a checking worker: nothing is lost, stuck, or computed from stale slots."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from servd.cache.kv_cache_manager import KVCacheManager
+from servd.config import SchedulerConfig
+from servd.request import FinishReason, Request
+from servd.sampling_params import SamplingParams
+from servd.scheduler.scheduler import Scheduler
+from tests.unit.scheduler.conftest import WorkerModel, expected_tokens
+
+BLOCK = 4
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        num_blocks=st.integers(12, 40),
+        policy=st.sampled_from(["fcfs", "priority"]),
+        budget=st.integers(6, 40),
+        caching=st.booleans(),
+        threshold=st.sampled_from([0, 5]),
+    )
+    def start(self, num_blocks, policy, budget, caching, threshold):
+        config = SchedulerConfig(
+            max_num_seqs=6, max_num_batched_tokens=budget, scheduling_policy=policy,
+            long_prefill_token_threshold=threshold,
+        )  # fmt: skip
+        self.scheduler = Scheduler(config, KVCacheManager(num_blocks, BLOCK, enable_prefix_caching=caching))
+        self.worker = WorkerModel(BLOCK)
+        self.results = []
+        self.everyone: dict[str, Request] = {}
+        self.ended: dict[str, FinishReason] = {}
+        self.longest = (num_blocks - 1) * BLOCK
+
+    @rule(
+        kind=st.integers(0, 2), length=st.integers(1, 30), max_tokens=st.integers(0, 12), n=st.integers(1, 3),
+        priority=st.integers(0, 2), stop=st.booleans(),
+    )  # fmt: skip
+    def add(self, kind, length, max_tokens, n, priority, stop):
+        prompt = [(kind * 13 + i * kind) % 90 for i in range(min(length, self.longest - max_tokens))]
+        stop_ids = tuple(expected_tokens(prompt, 5)[4:]) if stop else ()
+        params = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_ids)
+        names = [f"r{len(self.everyone) + i}" for i in range(n)]
+        for name in names:
+            request = Request(
+                name, prompt, params, max_model_len=self.longest, priority=priority,
+                parent_id=names[0] if name != names[0] else None,
+            )  # fmt: skip
+            self.everyone[name] = request
+            self.scheduler.add(request)
+
+    @precondition(lambda self: len(self.results) < 2)
+    @rule()
+    def plan(self):
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            assert plan.num_tokens <= self.scheduler.config.max_num_batched_tokens
+            assert len(set(plan.scheduled.request_ids)) == len(plan.scheduled.request_ids) <= 6
+            self.results.append(self.worker.execute(plan))
+
+    @precondition(lambda self: self.results)
+    @rule()
+    def take_result(self):
+        for update in self.scheduler.update_from_output(self.results.pop(0)):
+            if update.finish_reason is not None:
+                self.ended[update.request.request_id] = update.finish_reason
+
+    @precondition(lambda self: self.scheduler.requests)
+    @rule(data=st.data())
+    def abort(self, data):
+        name = data.draw(st.sampled_from(sorted(self.scheduler.requests)))
+        self.scheduler.finish(name, FinishReason.ABORT)
+        self.ended[name] = FinishReason.ABORT
+
+    @precondition(lambda self: len(self.scheduler.running))
+    @rule(data=st.data())
+    def preempt(self, data):
+        running = {request.request_id: request for request in self.scheduler.running}
+        self.scheduler.preempt(running[data.draw(st.sampled_from(sorted(running)))])
+
+    @rule(lost=st.booleans())
+    def lose_steps(self, lost):
+        self.results.clear()
+        for update in self.scheduler.recover(workers_lost=lost):
+            self.ended[update.request.request_id] = update.finish_reason
+        if lost:
+            self.worker = WorkerModel(BLOCK)
+
+    @invariant()
+    def consistent(self):
+        self.scheduler.cache.check_integrity()
+        for request in self.everyone.values():
+            expected = expected_tokens(request.prompt_token_ids, len(request.output_token_ids))
+            assert request.output_token_ids == expected, f"{request} went astray"
+            assert (request.request_id in self.ended) == (request.request_id not in self.scheduler.requests)
+
+    def teardown(self):
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(3000):
+            if not self.scheduler.has_work() and not self.results:
+                break
+            self.plan()
+            if self.results:
+                self.take_result()
+        assert not self.scheduler.has_work(), f"stuck: {list(self.scheduler.requests.values())}"
+        assert set(self.ended) == set(self.everyone)
+        pool = self.scheduler.cache.pool
+        assert pool.num_free == pool.num_usable
+        self.consistent()
+
+
+TestSchedulerStateful = SchedulerMachine.TestCase
+TestSchedulerStateful.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
