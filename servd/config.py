@@ -36,6 +36,11 @@ class ModelConfig:
     )
     max_model_len: int | None = flag(None, "longest prompt plus output; default: the model's own", unit="tokens")
     device: str = flag("auto", "where the model runs; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    generation_config: str = flag(
+        "auto",
+        "sampling defaults for requests that do not set them; auto: the model's generation_config.json; none: OpenAI's",
+        choices=("auto", "none"),
+    )
     seed: int | None = flag(None, "makes requests without a seed of their own repeatable, in order of arrival")
 
 

@@ -90,6 +90,10 @@ class AsyncEngine:
     ) -> None:
         self.config = with_max_model_len(config.resolve(), files)
         self.files = files
+        # Values of SamplingParams for requests that do not set them.
+        self.sampling_defaults: dict[str, Any] = {}
+        if config.model.generation_config == "auto":
+            self.sampling_defaults = files.sampling_defaults()
         self.metrics = Metrics()
         self.state = "starting"
         self.executor = executor or EXECUTORS.get(self.config.parallel.executor)(self.config, files)
@@ -119,6 +123,7 @@ class AsyncEngine:
                 )
             else:
                 info = await self.executor.start(progress)
+            self._check_sampling_defaults()
         except BaseException:
             await self.close()
             raise
@@ -144,6 +149,14 @@ class AsyncEngine:
         )
         self._task = asyncio.create_task(self._run(), name="servd-engine")
         self.state = "ready"
+
+    def _check_sampling_defaults(self) -> None:
+        try:
+            SamplingParams(**self.sampling_defaults).validate(self.tokenizer.vocab_size)
+        except InvalidRequestError as error:
+            raise ConfigError(
+                f"generation_config.json of {self.files.name}: {error.message}; --generation-config none leaves it out"
+            ) from None
 
     async def _run(self) -> None:
         try:

@@ -84,9 +84,14 @@ class EngineCore:
             if plan is None:
                 break
             future = self._executor.submit(plan)
-            future.add_done_callback(lambda _: self._wake.set())
+            future.add_done_callback(self._step_done)
             self._inflight.append((plan, future))
         self._count_scheduler()
+
+    def _step_done(self, future: asyncio.Future[ModelRunnerOutput]) -> None:
+        self._wake.set()
+        if not future.cancelled():
+            future.exception()  # seen, also if the step is abandoned by then: asyncio need not report it
 
     def _collect(self) -> Exception | None:
         """Take in the finished steps, oldest first. Returns what went wrong, if a step was lost."""
@@ -107,8 +112,6 @@ class EngineCore:
 
     async def _recover(self, error: Exception) -> bool:
         """Replay everything after a lost step, on new workers if the old ones died. False if that is hopeless."""
-        for _, future in self._inflight:
-            future.add_done_callback(_retrieve)
         self._inflight.clear()
         workers_lost = isinstance(error, WorkerDied)
         logger.error("step lost, %s: %s", "restarting the worker" if workers_lost else "replaying", error)
@@ -158,9 +161,3 @@ class EngineCore:
             self._metrics.prefix_cache_queries.inc(queries)
             self._metrics.prefix_cache_hits.inc(hits)
             self._counted = now
-
-
-def _retrieve(future: asyncio.Future[ModelRunnerOutput]) -> None:
-    """Look at an abandoned step's exception, so that asyncio does not report it as never retrieved."""
-    if not future.cancelled():
-        future.exception()

@@ -81,12 +81,13 @@ class LLM:
     ) -> list[Generation]:
         """Answer one prompt or many (texts or token id lists), in order; many run in one batch.
 
+        Without `sampling_params`, the model's own defaults hold (`engine.sampling_defaults`).
         `progress` shows a bar on stderr; by default for more than one prompt on a terminal. Raises
         InvalidRequestError naming the field, before anything runs, and RequestFailedError.
         """
         batch: list[Prompt] = [prompts] if _is_one_prompt(prompts) else list(prompts)  # type: ignore[list-item,arg-type]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(batch)
+            params = [sampling_params or SamplingParams(**self.engine.sampling_defaults)] * len(batch)
         else:
             params = list(sampling_params)
         if len(params) != len(batch):

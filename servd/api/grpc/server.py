@@ -39,11 +39,15 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     def __init__(self, service: InferenceService) -> None:
         self.service = service
 
+    def _params(self, message: pb.SamplingParams, max_tokens: int | None) -> SamplingParams:
+        defaults = {"max_tokens": max_tokens, **self.service.engine.sampling_defaults}
+        return convert.sampling_params_from(message, defaults)
+
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Stream the continuation of a prompt."""
         async with errors_as_status(context):
             self.service.check_model(request.model)
-            params = convert.sampling_params_from(request.sampling_params, default_max_tokens=DEFAULT_MAX_TOKENS)
+            params = self._params(request.sampling_params, DEFAULT_MAX_TOKENS)
             field, prompt = convert.prompt_from(request)
             add_special_tokens = _or_true(request, "add_special_tokens")
             token_ids = await self.service.encode_prompt(prompt, add_special_tokens=add_special_tokens, param=field)
@@ -53,7 +57,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         """Stream the answer to a conversation."""
         async with errors_as_status(context):
             self.service.check_model(request.model)
-            params = convert.sampling_params_from(request.sampling_params, default_max_tokens=None)
+            params = self._params(request.sampling_params, None)
             token_ids = await self.service.encode_chat(
                 convert.chat_messages_from(request),
                 add_generation_prompt=_or_true(request, "add_generation_prompt"),

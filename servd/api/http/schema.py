@@ -5,7 +5,7 @@ Turns a body into SamplingParams. Knows nothing of tokens or engines; ranges are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -121,15 +121,21 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
             _check_range("n", self.n, 1, MAX_N)
 
     def sampling_params(
-        self, vocab_size: int, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
+        self,
+        vocab_size: int,
+        defaults: Mapping[str, float],
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
     ) -> SamplingParams:
-        """The checked sampling settings. Raises InvalidRequestError naming the field."""
-        given: dict[str, Any] = {
-            name: value for name in _PASSED_ON if (value := getattr(self, name)) is not None
-        }  # fmt: skip
+        """The checked settings; `defaults` are the model's own. Raises InvalidRequestError naming the field."""
+        given: dict[str, Any] = {**defaults}
+        given |= {name: value for name in _PASSED_ON if (value := getattr(self, name)) is not None}
+        if given.get("top_k") == -1:
+            given["top_k"] = 0  # vLLM's -1 also keeps all
         params = SamplingParams(
             max_tokens=max_tokens,
-            top_k=0 if self.top_k in (None, -1) else self.top_k,  # vLLM's -1 also keeps all
             logit_bias=_logit_bias(self.logit_bias),
             stop=_stop_strings(self.stop),
             stop_token_ids=_stop_token_ids(self.stop_token_ids),
@@ -142,8 +148,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
 
 
 _PASSED_ON = (
-    "n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "min_p", "repetition_penalty",
-    "min_tokens", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output",
+    "n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "top_k", "min_p",
+    "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output",
 )  # fmt: skip
 
 
@@ -192,7 +198,7 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
             )
         return prompt  # type: ignore[return-value]  # no ints among them
 
-    def to_sampling_params(self, vocab_size: int) -> SamplingParams:
+    def to_sampling_params(self, vocab_size: int, defaults: Mapping[str, float]) -> SamplingParams:
         """Sampling settings; 16 tokens unless asked for more, as OpenAI has it.
 
         With `echo`, the prompt's tokens need log-probabilities like the answer's.
@@ -202,6 +208,7 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
             wanted = max(self.logprobs, wanted or 0)
         return self.sampling_params(
             vocab_size,
+            defaults,
             max_tokens=16 if self.max_tokens is None else self.max_tokens,
             logprobs=self.logprobs,
             prompt_logprobs=wanted,
@@ -282,13 +289,17 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
         """Which of its two names the client used for the length of the answer."""
         return "max_completion_tokens" if self.max_completion_tokens is not None else "max_tokens"
 
-    def to_sampling_params(self, vocab_size: int) -> SamplingParams:
+    def to_sampling_params(self, vocab_size: int, defaults: Mapping[str, float]) -> SamplingParams:
         """Sampling settings; the answer may fill the context unless told otherwise."""
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         with renamed("max_tokens", self.max_tokens_field):
             return self.sampling_params(
-                vocab_size, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=self.prompt_logprobs
+                vocab_size,
+                defaults,
+                max_tokens=max_tokens,
+                logprobs=logprobs,
+                prompt_logprobs=self.prompt_logprobs,
             )
 
 

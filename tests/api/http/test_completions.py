@@ -249,3 +249,16 @@ def test_a_stream_never_holds_half_a_character_nor_part_of_a_stop_string(tmp_pat
     assert "".join(texts) == "日本語 "
     assert len(texts) > 2, "it came in pieces"
     assert not any("\ufffd" in text or "S" in text for text in texts)
+
+
+def test_what_a_request_leaves_open_is_sampled_as_the_model_recommends(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.0, "max_length": 3, "eos_token_id": 1}')
+
+    async def main() -> list[str]:
+        async with serve(tmp_path) as server:
+            bodies: list[dict[str, Any]] = [{"seed": 1}, {"seed": 2}, {"seed": 1, "temperature": 1.0}]
+            replies = [await completion(server, {"prompt": "abc", "max_tokens": 9, **body}) for body in bodies]
+            return [reply["choices"][0]["text"] for reply in replies]
+
+    greedy, also_greedy, random = asyncio.run(main())
+    assert greedy == also_greedy != random

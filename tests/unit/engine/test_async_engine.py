@@ -418,3 +418,20 @@ def test_every_one_of_n_answers_has_the_prompts_logprobs(tmp_path):
         return found
 
     assert run(tmp_path, scenario) == {0: 4, 1: 4, 2: 4}
+
+
+@pytest.mark.parametrize("generation_config, expected", [("auto", {"temperature": 0.3, "top_k": 40}), ("none", {})])
+def test_sampling_defaults_are_the_models_unless_turned_off(tmp_path, generation_config, expected):
+    text = '{"temperature": 0.3, "top_k": 40, "top_p": null, "max_length": 9}'
+    (tmp_path / "generation_config.json").write_text(text)
+
+    async def scenario(fake):
+        return fake.engine.sampling_defaults
+
+    assert run(tmp_path, scenario, settings={"generation_config": generation_config}) == expected
+
+
+def test_sampling_defaults_out_of_range_are_refused_at_start(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"top_p": 7}')
+    with pytest.raises(ConfigError, match="generation_config.json.*top_p"):
+        run(tmp_path, lambda fake: asyncio.sleep(0))

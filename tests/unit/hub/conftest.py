@@ -105,6 +105,7 @@ def tiny_entry(tmp_path: Path, make_gguf: GGUFMaker, home: Path, monkeypatch: py
         member="servd_tiny_model/tiny.gguf",
         member_sha256=hashlib.sha256(model).hexdigest(),
         member_size=len(model),
+        sampling={"temperature": 0.5},
     )
     monkeypatch.setitem(CATALOGUE, "tiny", entry)
     return entry

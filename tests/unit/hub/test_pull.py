@@ -105,3 +105,7 @@ def test_starter_entry_is_well_formed() -> None:
     entry = CATALOGUE["smollm2-135m-instruct"]
     assert (entry.file_name, entry.licence) == ("SmolLM2-135M-Instruct.Q4_1.gguf", "Apache-2.0")
     assert len(bytes.fromhex(entry.wheel_sha256)) == len(bytes.fromhex(entry.member_sha256)) == 32
+
+
+def test_the_catalogues_recommended_sampling_comes_with_the_model(tiny_entry: CatalogueEntry) -> None:
+    assert pull("tiny").sampling_defaults() == {"temperature": 0.5}

@@ -31,7 +31,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     body = decode_body(await read_body(request), _DECODER)
     service.check_model(body.model)
     body.check()
-    params = body.to_sampling_params(service.engine.tokenizer.vocab_size)
+    params = body.to_sampling_params(service.engine.tokenizer.vocab_size, service.engine.sampling_defaults)
     token_ids = await service.encode_chat(
         template_messages(body.messages),
         add_generation_prompt=body.add_generation_prompt,

@@ -32,7 +32,7 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     body = decode_body(await read_body(request), _DECODER)
     service.check_model(body.model)
     body.check()
-    params = body.to_sampling_params(service.engine.tokenizer.vocab_size)
+    params = body.to_sampling_params(service.engine.tokenizer.vocab_size, service.engine.sampling_defaults)
     prompts = body.prompts()
     names = ["prompt"] if len(prompts) == 1 else [f"prompt[{i}]" for i in range(len(prompts))]
     token_ids = [
