@@ -13,7 +13,6 @@ PIP_EXTRA_ARGS ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
-TEST_FOLDERS := $(wildcard tests/unit tests/kernels tests/models tests/api tests/e2e)
 BUILD_INPUTS := pyproject.toml deploy/constraints.txt kernels/build_backend.py $(shell find proto -name '*.proto')
 KERNEL_SOURCES := kernels/servd_kernels/build.py \
 	$(shell find kernels/servd_kernels -name '*.cpp' -o -name '*.hpp')
@@ -33,8 +32,8 @@ setup: $(DEV_STAMP) $(KERNEL_STAMP) ## make .venv with all that serving, tests a
 serve: $(SERVE_STAMP) $(KERNEL_STAMP) ## install, fetch the starter model once, serve it on 127.0.0.1:8000 (ARGS="...")
 	@exec $(BIN)/servd serve $(ARGS)
 
-test: setup ## the whole test suite, fast folders first (ARGS="-k name")
-	$(BIN)/python -m pytest $(TEST_FOLDERS) $(ARGS)
+test: setup ## the whole test suite, fast folders first (or ARGS="tests/unit/hub -k name")
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: setup ## ruff and mypy --strict
 	$(BIN)/ruff check .

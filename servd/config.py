@@ -121,6 +121,8 @@ class EngineConfig:
     def resolve(self) -> EngineConfig:
         """Check ranges and fill defaults that depend on the machine. Raises ConfigError naming the flag."""
         cache, scheduler, model = self.cache, self.scheduler, self.model
+        for section in (model, cache, scheduler, self.parallel):
+            _check_kinds_and_choices(section)
         _require("--block-size", cache.block_size, 1 <= cache.block_size <= 256, "1 to 256")
         _require("--max-num-seqs", scheduler.max_num_seqs, scheduler.max_num_seqs >= 1, "at least 1")
         _require(
@@ -128,6 +130,11 @@ class EngineConfig:
             scheduler.max_num_batched_tokens >= scheduler.max_num_seqs,
             f"at least --max-num-seqs ({scheduler.max_num_seqs}), or running requests would starve",
         )  # fmt: skip
+        threshold = scheduler.long_prefill_token_threshold
+        _require("--long-prefill-token-threshold", threshold, threshold >= 0, "0 (no limit) or more")
+        queued, restarts = scheduler.max_num_queued_reqs, self.parallel.max_worker_restarts
+        _require("--max-num-queued-reqs", queued, queued >= 1, "at least 1")
+        _require("--max-worker-restarts", restarts, restarts >= 0, "0 or more")
         if model.max_model_len is not None:
             _require("--max-model-len", model.max_model_len, model.max_model_len >= 2, "at least 2")
         if cache.kv_cache_memory is not None:
@@ -158,6 +165,22 @@ def parse_bytes(text: str) -> int:
         return int(float(number) * scale)
     except (ValueError, OverflowError):
         raise ConfigError(f"{text!r} is not a size in bytes; write 2GiB, 512MiB or a number") from None
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "str": str, "bool": bool}
+
+
+def _check_kinds_and_choices(section: Any) -> None:
+    """A flag cannot have a wrong type, but `LLM(max_num_seqs="8")` can."""
+    for f in fields(section):
+        name, value = "--" + f.name.replace("_", "-"), getattr(section, f.name)
+        kind, _, optional = str(f.type).partition(" | ")
+        if optional and value is None:
+            continue
+        is_bool_for_number = isinstance(value, bool) and kind != "bool"
+        _require(name, repr(value), isinstance(value, _KINDS[kind]) and not is_bool_for_number, str(f.type))
+        choices = f.metadata.get("choices")
+        _require(name, value, not choices or value in choices, ", ".join(choices or ()))
 
 
 def _require(name: str, value: object, ok: bool, allowed: str) -> None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Any
 
 
 class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line = super().format(record)
-        # A client must not be able to forge log lines or move the terminal's cursor.
-        head, *rest = line.split("\n") if record.exc_info else [line]
-        safe = "".join(c if c.isprintable() else repr(c)[1:-1] for c in head)
-        return "\n".join([safe, *rest])
+    # A client must not be able to forge log lines or move the terminal's cursor, nor by way of an exception's text.
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return _printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(map(_printable, super().formatException(ei).split("\n")))
+
+
+def _printable(line: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def setup_logging(level: str) -> None:

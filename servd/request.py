@@ -39,8 +39,8 @@ class Request:
     __slots__ = (
         "arrival_time", "cache_salt", "deadline", "eos_token_ids", "finish_reason", "first_scheduled_time",
         "max_total_tokens", "num_cached_tokens", "num_computed_tokens", "num_inflight_steps", "num_inflight_tokens",
-        "num_preemptions", "num_worker_deaths", "output_token_ids", "parent_id", "priority", "prompt_token_ids",
-        "request_id", "sampling_params", "seed", "status",
+        "num_output_tokens_at_death", "num_preemptions", "num_worker_deaths", "output_token_ids", "parent_id",
+        "priority", "prompt_token_ids", "request_id", "sampling_params", "seed", "status",
     )  # fmt: skip
 
     def __init__(
@@ -78,7 +78,8 @@ class Request:
         self.num_inflight_tokens = 0
         self.num_inflight_steps = 0
         self.num_preemptions = 0
-        self.num_worker_deaths = 0
+        self.num_worker_deaths = 0  # in steps of this request, since it last got past one
+        self.num_output_tokens_at_death = 0  # at the last of them
         self.first_scheduled_time: float | None = None
         self.finish_reason: FinishReason | None = None
 

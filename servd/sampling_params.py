@@ -6,6 +6,7 @@ Knows nothing of where the values came from (HTTP, gRPC, Python) nor of how samp
 from __future__ import annotations
 
 import math
+from typing import NoReturn
 
 import msgspec
 
@@ -70,15 +71,29 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             if count is not None:
                 _check_int(name, count, 0, MAX_LOGPROBS)
         self._validate_stops(vocab_size)
-        biases = self.logit_bias or {}
+        self._validate_logit_bias(vocab_size)
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                _fail(name, repr(getattr(self, name)), "true or false")
+
+    def _validate_logit_bias(self, vocab_size: int) -> None:
+        biases: object = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(biases, dict):
+            _fail("logit_bias", repr(biases), "a map from token ids to biases")
         if len(biases) > MAX_LOGIT_BIASES:
             _fail("logit_bias", f"{len(biases)} biases", f"at most {MAX_LOGIT_BIASES} biases")
         for token_id, bias in biases.items():
-            if not 0 <= token_id < vocab_size:
-                _fail("logit_bias", token_id, f"token ids from 0 to {vocab_size - 1}")
+            if type(token_id) is not int or not 0 <= token_id < vocab_size:
+                _fail("logit_bias", repr(token_id), f"token ids from 0 to {vocab_size - 1}")
             _check_float(f"logit_bias.{token_id}", bias, -100.0, 100.0)
 
     def _validate_stops(self, vocab_size: int) -> None:
+        for name, items in (("stop", "strings"), ("stop_token_ids", "token ids")):
+            if not isinstance(getattr(self, name), (list, tuple)):  # of "END", each letter would stop
+                _fail(name, repr(getattr(self, name)), f"a list of {items}")
+        for text in self.stop:
+            if not isinstance(text, str) or not is_utf8(text):
+                _fail("stop", repr(text), "strings of valid Unicode")
         if len(self.stop) > MAX_STOP_STRINGS:
             _fail("stop", f"{len(self.stop)} strings", f"at most {MAX_STOP_STRINGS} strings")
         if any(not text for text in self.stop):
@@ -89,8 +104,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             _fail("stop_token_ids", f"{len(self.stop_token_ids)} ids", f"at most {MAX_STOP_TOKEN_IDS} ids")
         for token_id in self.stop_token_ids:
-            if not 0 <= token_id < vocab_size:
-                _fail("stop_token_ids", token_id, f"token ids from 0 to {vocab_size - 1}")
+            if type(token_id) is not int or not 0 <= token_id < vocab_size:
+                _fail("stop_token_ids", repr(token_id), f"token ids from 0 to {vocab_size - 1}")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether the text can be encoded: one with a lone surrogate cannot be sent to a worker process."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:
@@ -108,5 +132,5 @@ def _check_float(name: str, value: object, low: float, high: float, *, above_low
         _fail(name, value, allowed)
 
 
-def _fail(name: str, value: object, allowed: str) -> None:
+def _fail(name: str, value: object, allowed: str) -> NoReturn:
     raise InvalidRequestError(f"{name} is {value}; allowed: {allowed}", param=name.split(".")[0])

@@ -148,20 +148,27 @@ class FakeExecutor(Executor):
         return future
 
     def die(self) -> None:
-        """End as a killed worker does: all that it held is lost."""
+        """End as a killed worker does: all that it held is lost, and somebody is told."""
+        was_idle = self._task is not None and not self._queue
+        error = WorkerDied("the fake worker was killed")
+        self._stop(error)
+        if was_idle and self.on_idle_death is not None:
+            self.on_idle_death(error)
+
+    async def close(self) -> None:
+        task = self._task
+        self._stop(WorkerDied("the fake worker was shut down"))
+        if task is not None:
+            await asyncio.gather(task, return_exceptions=True)
+
+    def _stop(self, error: WorkerDied) -> None:
         if self._task is not None:
             self._task.cancel()
             self._task = None
         for _, future in self._queue:
             if not future.done():
-                future.set_exception(WorkerDied("the fake worker was killed"))
+                future.set_exception(error)
         self._queue.clear()
-
-    async def close(self) -> None:
-        task = self._task
-        self.die()
-        if task is not None:
-            await asyncio.gather(task, return_exceptions=True)
 
     async def _run(self) -> None:
         while True:

@@ -43,7 +43,11 @@ def isas() -> list[str]:
 
 def find_compiler() -> str | None:
     """$CXX or c++, if it can be found."""
-    return shutil.which(os.environ.get("CXX") or "c++")
+    return shutil.which(_compiler_name())
+
+
+def _compiler_name() -> str:
+    return os.environ.get("CXX") or "c++"
 
 
 def sources() -> list[Path]:
@@ -52,17 +56,22 @@ def sources() -> list[Path]:
 
 def fingerprint() -> str:
     """A hash of all that the library is made from. Not file times: a checkout or a wheel sets them anew."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(platform.machine().encode())  # a home folder may be shared by machines of two kinds
     for path in [*sources(), *sorted(PACKAGE.rglob("*.hpp")), Path(__file__)]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
 def is_fresh() -> bool:
-    """Whether the library was made from the files as they are now, or they were not shipped with it."""
+    """Whether the library is whole, and made from the files as they are now or shipped without them."""
     if not LIBRARY.exists() or not sources():
         return LIBRARY.exists()
-    return FINGERPRINT.exists() and FINGERPRINT.read_text() == fingerprint()
+    return FINGERPRINT.exists() and FINGERPRINT.read_text() == _mark(LIBRARY)
+
+
+def _mark(library: Path) -> str:
+    """What FINGERPRINT holds beside `library`. Its own hash is in it: loading half a file ends in a bus error."""
+    return f"{fingerprint()} {hashlib.sha256(library.read_bytes()).hexdigest()}"
 
 
 def compile_library() -> Path | None:
@@ -71,14 +80,18 @@ def compile_library() -> Path | None:
         return LIBRARY
     compiler = find_compiler()
     if compiler is None:
-        logger.warning("no C++ compiler: servd runs on the slow reference kernels; %s", COMPILER_HELP)
+        logger.warning(
+            "no C++ compiler (%s is not found): servd runs on the slow reference kernels; %s",
+            _compiler_name(),
+            COMPILER_HELP,
+        )
         return None
     try:
         LIBRARY.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=LIBRARY.parent) as folder:
             built = _build(compiler, Path(folder))
             mark = Path(folder) / FINGERPRINT.name
-            mark.write_text(fingerprint())
+            mark.write_text(_mark(built))
             os.replace(built, LIBRARY)
             os.replace(mark, FINGERPRINT)
     except subprocess.CalledProcessError as error:

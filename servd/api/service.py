@@ -8,13 +8,16 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from servd.engine.async_engine import AsyncEngine, EngineStats
 from servd.engine.result_stream import ResultStream
-from servd.errors import NotFoundError
+from servd.errors import InvalidRequestError, NotFoundError, UnsupportedError
 from servd.sampling_params import SamplingParams
+
+MAX_TOKENIZE_CHARS = 1 << 20  # of a text that need not fit the context
+MAX_DETOKENIZE_TOKENS = 1 << 18
 
 
 class InferenceService:
@@ -38,6 +41,8 @@ class InferenceService:
         self, prompt: str | Sequence[int], *, add_special_tokens: bool = True, param: str = "prompt"
     ) -> list[int]:
         """Token ids of a prompt given as text or ids, made off the event loop. Raises InvalidRequestError."""
+        if isinstance(prompt, str):
+            await self._check_fits(len(prompt), param)
         encode = partial(self.engine.inputs.encode_prompt, add_special_tokens=add_special_tokens, param=param)
         return await self.engine.run_in_thread(encode, prompt)
 
@@ -49,10 +54,30 @@ class InferenceService:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation, rendered in a sandbox off the event loop. Raises InvalidRequestError."""
+        await self._check_fits(sum(len(message["content"]) for message in messages), "messages")
         encode = partial(
             self.engine.inputs.encode_chat, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
         )
         return await self.engine.run_in_thread(encode, messages)
+
+    async def _check_fits(self, num_chars: int, param: str) -> None:
+        """Raise InvalidRequestError for a text that is too long however it is cut into tokens.
+
+        Tokenizing megabytes takes seconds and a hundred times their memory, only to find the same.
+        """
+        limit = self.engine.max_model_len
+        if num_chars > limit and num_chars > limit * await self.engine.run_in_thread(lambda: self._longest_token):
+            raise InvalidRequestError(
+                f"{param}: {num_chars} characters are too many; allowed: at most {limit - 1} tokens, so that one more "
+                f"fits the context of {limit}; none has more than {self._longest_token} bytes",
+                param=param,
+            )
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Bytes of the longest token in the vocabulary."""
+        tokenizer = self.engine.tokenizer
+        return max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
 
     def generate(
         self,
@@ -71,21 +96,45 @@ class InferenceService:
         closing it aborts what is unfinished. `timeout` in seconds. Raises InvalidRequestError, OverloadedError,
         EngineUnavailableError; what fails later arrives as an output with `error` set.
         """
+        policy = self.engine.config.scheduler.scheduling_policy
+        if priority and policy == "fcfs":
+            raise UnsupportedError(
+                f"priority is {priority}; allowed: 0, unless the server runs with --scheduling-policy priority",
+                param="priority",
+            )
         return self.engine.generate(
             prompt_token_ids, params, request_id=request_id, priority=priority, timeout=timeout,
             cache_salt=cache_salt, prompt_param=prompt_param,
         )  # fmt: skip
 
-    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, which may be empty."""
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
+        """Token ids of a text, which may be empty, and longer than the context. Raises InvalidRequestError."""
+        if len(text) > MAX_TOKENIZE_CHARS:
+            raise InvalidRequestError(
+                f"{param} has {len(text)} characters; allowed here: at most {MAX_TOKENIZE_CHARS}", param=param
+            )
         return await self.engine.run_in_thread(self.engine.tokenizer.encode, text, add_special_tokens)
 
     async def detokenize(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool = False, param: str = "tokens"
     ) -> str:
-        """Text of token ids. Raises InvalidRequestError for ids out of the vocabulary."""
-        self.engine.inputs.check_token_ids(token_ids, param)
-        return await self.engine.run_in_thread(self.engine.tokenizer.decode, list(token_ids), skip_special_tokens)
+        """Text of token ids. Raises InvalidRequestError for ids out of the vocabulary, or too many."""
+        if len(token_ids) > MAX_DETOKENIZE_TOKENS:
+            raise InvalidRequestError(
+                f"{param} has {len(token_ids)} ids; allowed: at most {MAX_DETOKENIZE_TOKENS}", param=param
+            )
+        check, decode = self.engine.inputs.check_token_ids, self.engine.tokenizer.decode
+
+        def checked_text() -> str:
+            check(token_ids, param)
+            return decode(token_ids, skip_special_tokens)
+
+        return await self.engine.run_in_thread(checked_text)
+
+    async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token's text alone; a part of a character shows as U+FFFD."""
+        token_text = self.engine.tokenizer.token_text
+        return await self.engine.run_in_thread(lambda: [token_text(i) for i in token_ids])
 
     def stats(self) -> EngineStats:
         """Queue lengths and KV use now."""

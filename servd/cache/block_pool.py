@@ -23,16 +23,12 @@ class BlockPool:
         self.null_block.ref_count = 1
         self.free_queue = FreeBlockQueue(self.blocks[1:])
         self._by_hash: dict[bytes, KVCacheBlock] = {}
+        self.num_cached = 0  # free blocks whose content can still be found
 
     @property
     def num_free(self) -> int:
         """Blocks that can be allocated now, cached ones included."""
         return len(self.free_queue)
-
-    @property
-    def num_cached(self) -> int:
-        """Free blocks whose content can still be found."""
-        return sum(1 for block in self._by_hash.values() if block.ref_count == 0)
 
     @property
     def num_usable(self) -> int:
@@ -55,6 +51,7 @@ class BlockPool:
         for block in blocks:
             if block.ref_count == 0:
                 self.free_queue.remove(block)
+                self.num_cached -= block.block_hash is not None
             block.ref_count += 1
 
     def free(self, blocks: Sequence[KVCacheBlock]) -> None:
@@ -67,6 +64,7 @@ class BlockPool:
             block.ref_count -= 1
             if block.ref_count == 0:
                 self.free_queue.append(block)
+                self.num_cached += block.block_hash is not None
 
     def lookup(self, block_hash: bytes) -> KVCacheBlock | None:
         """The block holding this content, used or cached."""
@@ -84,9 +82,11 @@ class BlockPool:
         for block in self._by_hash.values():
             block.block_hash = None
         self._by_hash.clear()
+        self.num_cached = 0
 
     def _evict(self, block: KVCacheBlock) -> None:
         if block.block_hash is not None:
+            self.num_cached -= 1
             del self._by_hash[block.block_hash]
             block.block_hash = None
 
@@ -101,4 +101,6 @@ class BlockPool:
             assert block.block_hash == block_hash, f"{block} is filed under a hash not its own"
         hashed = sum(1 for block in self.blocks if block.block_hash is not None)
         assert hashed == len(self._by_hash), f"{hashed} blocks carry a hash, {len(self._by_hash)} are filed"
+        cached = sum(1 for block in free if block.block_hash is not None)
+        assert cached == self.num_cached, f"{cached} free blocks carry a hash, {self.num_cached} are counted"
         assert self.null_block.ref_count == 1 and self.null_block.block_hash is None, "the null block was handed out"

@@ -146,6 +146,11 @@ class KVCacheManager:
         assert not self._tables, f"{len(self._tables)} requests still hold blocks"
         self.pool.forget_all()
 
+    def resize(self, num_blocks: int) -> None:
+        """New workers have so many blocks: a GPU's free memory is not the same at each start."""
+        assert not self._tables, f"{len(self._tables)} requests still hold blocks"
+        self.pool = BlockPool(num_blocks)
+
     def check_integrity(self) -> None:
         """Assert that tables and reference counts agree; for tests."""
         self.pool.check_integrity()

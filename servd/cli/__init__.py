@@ -6,17 +6,19 @@ Owns parsing and exit codes. Imports nothing heavy, so that --help is instant; c
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 import servd
 from servd.cli.command import COMMANDS
-from servd.errors import ConfigError, ServdError
+from servd.errors import ConfigError, InvalidRequestError, ServdError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128  # plus the signal's number, as shells have it
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,16 +44,21 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0, 1 failed while running, 2 wrong flags or model)."""
+    """Run one command; returns the exit code (0, 1 failed while running, 2 wrong flags, model or prompt)."""
     try:
         arguments = make_parser().parse_args(argv)
-        return COMMANDS.get(arguments.command).run(arguments)
-    except ConfigError as error:
+        code = COMMANDS.get(arguments.command).run(arguments)
+        sys.stdout.flush()
+        return code
+    except (ConfigError, InvalidRequestError) as error:
         return _fail(error, EXIT_USAGE)
     except ServdError as error:
         return _fail(error, EXIT_FAILED)
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return EXIT_SIGNAL + signal.SIGINT
+    except BrokenPipeError:  # `servd generate | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit complains
+        return EXIT_SIGNAL + signal.SIGPIPE
 
 
 def _fail(error: ServdError, exit_code: int) -> int:

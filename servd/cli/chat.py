@@ -9,15 +9,16 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
+from urllib.parse import urlsplit
 
 from servd.cli.command import COMMANDS, Command
-from servd.errors import EngineUnavailableError, RequestFailedError, ServdError
+from servd.cli.signals import ended_by_signals
+from servd.errors import ConfigError, EngineUnavailableError, RequestFailedError, ServdError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 HELP_LINE = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
@@ -34,7 +35,10 @@ class ChatCommand(Command):
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Which server, which model, how to sample."""
-        parser.add_argument("model", nargs="?", metavar="MODEL", help="model to serve if no server runs yet")
+        parser.add_argument(
+            "model", nargs="?", metavar="MODEL",
+            help="start a server of its own for this model [default: a running server's, else the starter model]",
+        )  # fmt: skip
         parser.add_argument(
             "--url", metavar="URL", help=f"server to talk to [default: {DEFAULT_URL} if one runs there]"
         )
@@ -46,21 +50,33 @@ class ChatCommand(Command):
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Converse until the input ends."""
+        if arguments.url is not None:
+            _check_url(arguments.url, arguments.model)
         api_key = arguments.api_key or os.environ.get("SERVD_API_KEY")
         client = _Client(arguments.url or DEFAULT_URL, api_key)
         with asyncio.Runner() as runner:
             try:
                 if arguments.model is None and (arguments.url or runner.run(client.answers())):
-                    _converse(runner, client, arguments)
-                else:
-                    with _own_server(arguments.model) as client.url:
-                        _converse(runner, client, arguments)
+                    return _converse(runner, client, arguments)
+                with ended_by_signals(), _own_server(arguments.model) as client.url:
+                    return _converse(runner, client, arguments)
             finally:
                 runner.run(client.close())
-        return 0
 
 
 COMMANDS.register("chat")(ChatCommand())
+
+
+def _check_url(url: str, model: str | None) -> None:
+    if model is not None:
+        raise ConfigError(f"--url {url} is a server that runs, MODEL {model} would start one: give one of the two")
+    try:
+        parts = urlsplit(url)
+        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port beyond 65535, half an IPv6 address
+        is_usable = False
+    if not is_usable:
+        raise ConfigError(f"--url is {url!r}; allowed: http://HOST:PORT, like {DEFAULT_URL}")
 
 
 class _Client:
@@ -140,7 +156,8 @@ async def _check(response: Any) -> None:
     raise RequestFailedError(f"the server answered {response.status}: {message}")
 
 
-def _converse(runner: asyncio.Runner, client: _Client, arguments: argparse.Namespace) -> None:
+def _converse(runner: asyncio.Runner, client: _Client, arguments: argparse.Namespace) -> int:
+    """The exit code: 1 if a message of a script was not answered. At a terminal the user saw it and went on."""
     body: dict[str, Any] = {"model": runner.run(client.model_name())}
     for name in ("max_tokens", "temperature", "seed"):
         if (value := getattr(arguments, name)) is not None:
@@ -150,9 +167,10 @@ def _converse(runner: asyncio.Runner, client: _Client, arguments: argparse.Names
     interactive = sys.stdin.isatty()
     if interactive:
         sys.stdout.write(f"{body['model']} at {client.url}. {HELP_LINE}\n")
+    code = 0
     for line in _lines(interactive):
         if line == "/exit":
-            return
+            break
         if line == "/reset":
             messages = list(beginning)
             sys.stdout.write("(the conversation is forgotten)\n")
@@ -161,11 +179,14 @@ def _converse(runner: asyncio.Runner, client: _Client, arguments: argparse.Names
             sys.stdout.write(f"unknown command {line.split()[0]}; {HELP_LINE}\n")
             continue
         messages.append({"role": "user", "content": line})
-        answer = _answer(runner, client, body | {"messages": messages})
-        if answer is None:
-            messages.pop()
-        else:
+        answer, failed = _answer(runner, client, body | {"messages": messages})
+        if failed and not interactive:
+            code = 1
+        if answer:
             messages.append({"role": "assistant", "content": answer})
+        else:
+            messages.pop()
+    return code
 
 
 def _lines(interactive: bool) -> Iterator[str]:
@@ -185,9 +206,10 @@ def _lines(interactive: bool) -> Iterator[str]:
             yield line
 
 
-def _answer(runner: asyncio.Runner, client: _Client, body: dict[str, Any]) -> str | None:
-    """Stream one answer to the terminal; what came of it, None if nothing did."""
+def _answer(runner: asyncio.Runner, client: _Client, body: dict[str, Any]) -> tuple[str, bool]:
+    """Stream one answer to the terminal; what came of it, and whether it failed."""
     pieces: list[str] = []
+    failed = False
 
     async def show() -> None:
         async for piece in client.stream(body):
@@ -203,7 +225,8 @@ def _answer(runner: asyncio.Runner, client: _Client, body: dict[str, Any]) -> st
     except ServdError as error:
         sys.stdout.write("\n" if pieces else "")
         sys.stderr.write(f"servd: error: {error.message}\n")
-    return "".join(pieces) or None
+        failed = True
+    return "".join(pieces), failed
 
 
 @contextmanager
@@ -211,8 +234,6 @@ def _own_server(model: str | None) -> Iterator[str]:
     """The URL of a server that lives as long as the block. Raises EngineUnavailableError if it does not start."""
     command = [sys.executable, "-m", "servd.cli", "serve", *([model] if model else [])]
     command += ["--port", "0", "--grpc-port", "-1", "--log-level", "warning"]
-    # A closed terminal must not leave the server behind.
-    handlers = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGHUP)}
     # A process group of its own: Ctrl-C stops an answer, not the server.
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as process:
         assert process.stdout is not None
@@ -227,9 +248,3 @@ def _own_server(model: str | None) -> Iterator[str]:
                 process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-
-def _exit(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from servd.config import parse_bytes
@@ -18,24 +18,34 @@ from servd.errors import ConfigError
 ConfigClass = TypeVar("ConfigClass")
 
 
-def add_flags(parser: argparse.ArgumentParser, config_class: type[Any]) -> None:
-    """One flag (or positional) for each field of the dataclass, in a group named after it."""
+def add_flags(
+    parser: argparse.ArgumentParser,
+    config_class: type[Any],
+    *,
+    omit: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """One flag (or positional) for each field of the dataclass, in a group named after it.
+
+    A command that has no use for a field omits it; `defaults` are those that it has of its own.
+    """
     title = config_class.__name__.removesuffix("Config").lower()
     group = parser.add_argument_group(title, (config_class.__doc__ or "").strip())
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        _add_flag(group, field, hints[field.name])
+        if field.name not in omit:
+            _add_flag(group, field, hints[field.name], (defaults or {}).get(field.name, field.default))
 
 
 def read_flags(arguments: argparse.Namespace, config_class: type[ConfigClass]) -> ConfigClass:
-    """The dataclass that the parsed flags describe."""
+    """The dataclass that the parsed flags describe; an omitted field has its default."""
     names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
-    return config_class(**{name: getattr(arguments, name) for name in names})
+    return config_class(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
 
 
-def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any) -> None:
+def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any, default: Any) -> None:
     kind = _plain_type(hint)
-    options: dict[str, Any] = {"default": field.default, "help": help_text(field)}
+    options: dict[str, Any] = {"default": default, "help": help_text(field, default)}
     name = "--" + field.name.replace("_", "-")
     if kind is bool:
         group.add_argument(name, action=argparse.BooleanOptionalAction, **options)
@@ -51,13 +61,13 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hin
         group.add_argument(name, **options)
 
 
-def help_text(field: dataclasses.Field[Any]) -> str:
+def help_text(field: dataclasses.Field[Any], default: Any) -> str:
     """The field's help with its unit and default: 'tokens in a KV block [tokens; default: 16]'."""
     text: str = field.metadata["help"]
     unit = field.metadata.get("unit")
     notes = [unit] if unit else []
-    if field.default is not None:
-        shown = ("on" if field.default else "off") if isinstance(field.default, bool) else field.default
+    if default is not None:
+        shown = ("on" if default else "off") if isinstance(default, bool) else default
         notes.append(f"default: {shown}")
     elif "default" not in text:
         notes.append("default: none")

@@ -10,6 +10,7 @@ import sys
 
 from servd.cli.command import COMMANDS, Command
 from servd.cli.progress import progress_display
+from servd.cli.signals import ended_by_signals
 from servd.errors import ConfigError
 
 MB = 1_000_000
@@ -36,7 +37,7 @@ class PullCommand(Command):
             return 0
         if arguments.name is None:
             raise ConfigError(f"which model? known: {', '.join(sorted(CATALOGUE))}")
-        with progress_display() as progress:
+        with progress_display() as progress, ended_by_signals():
             files = pull(arguments.name, progress)
         sys.stdout.write(f"{files.name} is in {servd_home()}; start it with: servd serve {files.name}\n")
         return 0

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from servd.cli.command import COMMANDS, Command
 from servd.cli.flags import add_flags, read_flags
 from servd.cli.progress import progress_display
+from servd.cli.signals import ended_by_signals
 from servd.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig, ServerConfig
 from servd.errors import ConfigError
 
@@ -67,6 +68,9 @@ def read_configs(arguments: argparse.Namespace) -> tuple[EngineConfig, ServerCon
     ).resolve()
     server_config = read_flags(arguments, ServerConfig)
     api_key = server_config.api_key or os.environ.get(API_KEY_VARIABLE) or None
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+        # HTTP would carry more, but not gRPC's metadata. The key itself is not repeated: errors end up in logs.
+        raise ConfigError("--api-key holds a character no header can carry; allowed: printable ASCII without spaces")
     return config, dataclasses.replace(server_config, api_key=api_key)
 
 
@@ -109,7 +113,8 @@ def _serve(config: EngineConfig, server_config: ServerConfig, executor: Executor
     with progress_display() as progress:
         try:
             # Before the event loop: a download in one of its threads could not be interrupted.
-            files = resolve_model(config.model.model, progress=progress)
+            with ended_by_signals():
+                files = resolve_model(config.model.model, progress=progress)
         except BaseException:
             asyncio.run(executor.close())
             raise

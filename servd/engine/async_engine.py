@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,10 @@ from servd.metrics import Metrics
 from servd.outputs import WorkerInfo
 from servd.request import FinishReason, Request
 from servd.sampling_params import SamplingParams
+from servd.scheduler.policies import POLICIES
 from servd.scheduler.scheduler import Scheduler, Update
+
+logger = logging.getLogger("servd.engine")
 
 T = TypeVar("T")
 
@@ -89,6 +93,7 @@ class AsyncEngine:
         log_steps: bool = False,
     ) -> None:
         self.config = with_max_model_len(config.resolve(), files)
+        POLICIES.get(self.config.scheduler.scheduling_policy)  # an unknown one is told before the model is loaded
         self.files = files
         # Values of SamplingParams for requests that do not set them.
         self.sampling_defaults: dict[str, Any] = {}
@@ -115,7 +120,10 @@ class AsyncEngine:
     # -- life ------------------------------------------------------------------------------------------------------
 
     async def start(self, progress: ProgressCallback | None = None) -> None:
-        """Load tokenizer and model, then run. Raises ConfigError or WorkerDied; the engine is then closed."""
+        """Load tokenizer and model, then run. Raises ConfigError or WorkerDied; the engine is then closed.
+
+        Raises EngineUnavailableError if it was closed or drained meanwhile.
+        """
         try:
             if self._tokenizer is None:
                 self._tokenizer, info = await asyncio.gather(
@@ -124,6 +132,8 @@ class AsyncEngine:
             else:
                 info = await self.executor.start(progress)
             self._check_sampling_defaults()
+            if self.state != "starting":
+                raise EngineUnavailableError("the engine was shut down while it started")
         except BaseException:
             await self.close()
             raise
@@ -162,6 +172,7 @@ class AsyncEngine:
         try:
             await self.core.run()
         except Exception as error:  # a broken invariant: every caller must hear of it, none may hang
+            logger.exception("the engine failed")
             self._change_state("dead", EngineUnavailableError(f"the engine failed: {type(error).__name__}: {error}"))
             raise
 
@@ -209,14 +220,13 @@ class AsyncEngine:
         Raises InvalidRequestError naming the field, EngineUnavailableError, OverloadedError.
         """
         core, outputs = self.core, self.outputs
+        prompt_token_ids = list(prompt_token_ids)  # the caller's list may change
         self.inputs.check(len(prompt_token_ids), params, prompt_param=prompt_param)
-        if self.state not in ("ready", "recovering"):
-            raise EngineUnavailableError(f"the engine takes no requests now: it is {self.state}")
+        self.inputs.check_token_ids(prompt_token_ids, prompt_param)
+        self.inputs.check_request_id(request_id)
+        self.check_room(params.n)
         if not prompt_token_ids:
             raise InvalidRequestError(f"{prompt_param} is empty; allowed: at least one token", param=prompt_param)
-        limit = self.config.scheduler.max_num_queued_reqs
-        if len(core.scheduler.waiting) + params.n > limit:
-            raise OverloadedError(f"{len(core.scheduler.waiting)} requests are waiting; allowed: {limit}")
         if request_id in self._families:
             raise InvalidRequestError(f"request_id is {request_id!r}, which is running", param="request_id")
         stream = ResultStream(params.n, lambda: self.abort(request_id))
@@ -244,6 +254,19 @@ class AsyncEngine:
             family.timer = loop.call_later(max(timeout, 0.0), self._end, request_id, FinishReason.DEADLINE, error)
         core.wake()
         return stream
+
+    def check_room(self, n: int = 1) -> None:
+        """Raise OverloadedError if `n` more answers find the queue full, EngineUnavailableError if none are taken now.
+
+        For transports to call before they do any work on a request; `generate` asks again.
+        """
+        if self.state not in ("ready", "recovering"):
+            raise EngineUnavailableError(f"the engine takes no requests now: it is {self.state}")
+        limit, num_waiting = self.config.scheduler.max_num_queued_reqs, len(self.core.scheduler.waiting)
+        if n > limit:
+            raise InvalidRequestError(f"n is {n}; allowed: at most --max-num-queued-reqs ({limit})", param="n")
+        if num_waiting + n > limit:
+            raise OverloadedError(f"{num_waiting} requests are waiting; allowed: {limit}")
 
     def abort(self, request_id: str) -> bool:
         """End a request; its blocks are free at once. False if it is not known (finished, or never was)."""
@@ -325,24 +348,26 @@ class AsyncEngine:
         if self.state != "draining" or state == "dead":
             self.state = state
         if state == "dead":
-            self._end_all(FinishReason.ERROR, error or EngineUnavailableError("the engine failed"))
             self._died.set()
+            self._end_all(FinishReason.ERROR, error or EngineUnavailableError("the engine failed"))
 
     def _end(self, request_id: str, reason: FinishReason, error: ServdError) -> bool:
         family = self._families.get(request_id)
         answer_ids = [] if family is None else list(family.answer_ids)
-        for answer_id in answer_ids:
-            request = self.core.scheduler.finish(answer_id, reason)
-            if request is not None:
-                self.outputs.finish(request, reason, error)
-            self._forget(answer_id)
-        if answer_ids:
-            self.core.wake()
+        self._end_answers(answer_ids, reason, error)
         return bool(answer_ids)
 
     def _end_all(self, reason: FinishReason, error: ServdError) -> None:
-        for request_id in list(self._families):
-            self._end(request_id, reason, error)
+        self._end_answers(list(self._answers), reason, error)
+
+    def _end_answers(self, answer_ids: list[str], reason: FinishReason, error: ServdError) -> None:
+        for answer_id in answer_ids:
+            self.outputs.finish(answer_id, reason, error)
+            self._forget(answer_id)
+        for answer_id in answer_ids:  # all have been told: a scheduler that is broken can keep nobody waiting
+            self.core.scheduler.finish(answer_id, reason)
+        if answer_ids:
+            self.core.wake()
 
     def _forget(self, answer_id: str) -> None:
         request_id = self._answers.pop(answer_id, None)

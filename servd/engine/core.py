@@ -61,6 +61,8 @@ class EngineCore:
         self._log_steps = log_steps
         self._inflight: deque[tuple[SchedulerOutput, asyncio.Future[ModelRunnerOutput]]] = deque()
         self._wake = asyncio.Event()
+        self._idle_loss: WorkerDied | None = None
+        executor.on_idle_death = self._workers_died_idle
         self._counted = (0, 0, 0)  # preemptions, prefix queries, prefix hits already in the metrics
 
     def wake(self) -> None:
@@ -70,7 +72,8 @@ class EngineCore:
     async def run(self) -> None:
         """The loop. Ends only by cancellation, or when the workers cannot be brought back."""
         while True:
-            lost = self._collect()
+            lost = self._collect() or self._idle_loss
+            self._idle_loss = None
             if lost is not None and not await self._recover(lost):
                 return
             self._fill()
@@ -87,6 +90,10 @@ class EngineCore:
             future.add_done_callback(self._step_done)
             self._inflight.append((plan, future))
         self._count_scheduler()
+
+    def _workers_died_idle(self, error: WorkerDied) -> None:
+        self._idle_loss = error
+        self._wake.set()
 
     def _step_done(self, future: asyncio.Future[ModelRunnerOutput]) -> None:
         self._wake.set()
@@ -114,7 +121,7 @@ class EngineCore:
         """Replay everything after a lost step, on new workers if the old ones died. False if that is hopeless."""
         self._inflight.clear()
         workers_lost = isinstance(error, WorkerDied)
-        logger.error("step lost, %s: %s", "restarting the worker" if workers_lost else "replaying", error)
+        logger.error("%s: %s", "the worker is lost and is restarted" if workers_lost else "a step is replayed", error)
         self._on_updates(self.scheduler.recover(workers_lost=workers_lost))
         if workers_lost:
             self._on_state("recovering", None)
@@ -126,13 +133,17 @@ class EngineCore:
         return True
 
     async def _restart(self) -> bool:
+        pause = 0.0
         while self._restarts.take():
+            await asyncio.sleep(pause)
+            pause = min(2 * pause + 0.5, 5.0)  # seconds: what fails for a moment must not use up all tries at once
             self._metrics.worker_restarts.inc()
             try:
-                await self._executor.start()
-            except ServdError as error:
+                info = await self._executor.start()
+            except (ServdError, OSError) as error:
                 logger.error("worker restart failed: %s", error)
             else:
+                self.scheduler.cache.resize(info.num_blocks)
                 return True
         return False
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from servd.engine.tokenizer import Tokenizer
 from servd.errors import InvalidRequestError
-from servd.sampling_params import SamplingParams
+from servd.sampling_params import SamplingParams, is_utf8
 
 
 class InputProcessor:
@@ -25,22 +25,33 @@ class InputProcessor:
     ) -> list[int]:
         """Token ids of a prompt given as text, or the ids themselves after a check; never empty."""
         if isinstance(prompt, str):
+            if not is_utf8(prompt):
+                raise InvalidRequestError(f"{param} holds a lone surrogate; allowed: valid Unicode", param=param)
             token_ids = self._tokenizer.encode(prompt, add_special_tokens)
         else:
-            token_ids = list(prompt)
+            try:
+                token_ids = list(prompt)
+            except TypeError:
+                kind = type(prompt).__name__
+                raise InvalidRequestError(f"{param} is {kind}; allowed: text or token ids", param=param) from None
             self.check_token_ids(token_ids, param)
         if not token_ids:
             raise InvalidRequestError(f"{param} is empty; allowed: at least one token", param=param)
         return token_ids
 
     def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
-        """Raise unless every id is one of the vocabulary."""
+        """Raise unless every id is one of the vocabulary, and an int: no other kind reaches a worker process."""
         vocab_size = self._tokenizer.vocab_size
         for token_id in token_ids:
-            if not 0 <= token_id < vocab_size:
+            if type(token_id) is not int or not 0 <= token_id < vocab_size:
                 raise InvalidRequestError(
-                    f"{param} holds token id {token_id}; allowed: 0 to {vocab_size - 1}", param=param
+                    f"{param} holds token id {token_id!r}; allowed: 0 to {vocab_size - 1} (int)", param=param
                 )
+
+    def check_request_id(self, request_id: str) -> None:
+        """Raise unless the id is text that can be sent to a worker process."""
+        if not isinstance(request_id, str) or not is_utf8(request_id):
+            raise InvalidRequestError(f"request_id is {request_id!r}; allowed: valid Unicode", param="request_id")
 
     def encode_chat(
         self,

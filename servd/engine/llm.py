@@ -6,18 +6,20 @@ Knows nothing of servers; the model runs in this process (`executor="inproc"`) u
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
 
 from servd.config import EngineConfig
 from servd.engine.async_engine import AsyncEngine
-from servd.errors import InvalidRequestError
+from servd.errors import EngineUnavailableError, InvalidRequestError
 from servd.hub import ModelFiles, resolve_model
 from servd.outputs import TokenLogprobs
 from servd.request import FinishReason
@@ -57,20 +59,26 @@ class Generation:
 class LLM:
     """A model for offline use. `settings` are EngineConfig's flat names, e.g. `dtype="float32"`, `max_num_seqs=32`.
 
-    Raises ConfigError if the model or a setting is wrong. Close it, or use it as a context manager.
+    Raises ConfigError if the model or a setting is wrong. Close it, or use it as a context manager. Several threads may
+    call it at once.
     """
 
-    def __init__(self, model: str = "smollm2-135m-instruct", **settings: Any) -> None:
-        config = EngineConfig.from_flat(model=model, **{"executor": "inproc", **settings})
+    def __init__(self, model: str | os.PathLike[str] = "smollm2-135m-instruct", **settings: Any) -> None:
+        config = EngineConfig.from_flat(model=os.fspath(model), **{"executor": "inproc", **settings})
         self._loop = asyncio.new_event_loop()
+        self._close_lock = threading.Lock()
+        self._room = asyncio.Condition()  # all on the loop: answers that may still be queued
+        self._num_answers = 0
         self._thread = threading.Thread(target=self._loop.run_forever, name="servd-llm", daemon=True)
         self._thread.start()
         try:
-            files = resolve_model(model)
+            files = resolve_model(config.model.model)
             self.engine = self._call(_start(config, files))
         except BaseException:
             self._stop_loop()
             raise
+        # Who forgets to close it, or leaves the interpreter, must not be told of pending tasks.
+        weakref.finalize(self, _cancel_tasks, self._loop)
 
     def generate(
         self,
@@ -83,7 +91,8 @@ class LLM:
 
         Without `sampling_params`, the model's own defaults hold (`engine.sampling_defaults`).
         `progress` shows a bar on stderr; by default for more than one prompt on a terminal. Raises
-        InvalidRequestError naming the field, before anything runs, and RequestFailedError.
+        InvalidRequestError naming the field, before anything runs, and RequestFailedError. An exception, Ctrl-C
+        included, ends all prompts of the call.
         """
         batch: list[Prompt] = [prompts] if _is_one_prompt(prompts) else list(prompts)  # type: ignore[list-item,arg-type]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -99,10 +108,11 @@ class LLM:
         return self._call(self._generate_all(batch, params, show))
 
     def close(self) -> None:
-        """Stop the engine and free the model. Safe to call twice."""
-        if not self._loop.is_closed():
-            self._call(self.engine.close())
-            self._stop_loop()
+        """Stop the engine and free the model; calls that run end with EngineUnavailableError. Safe to call twice."""
+        with self._close_lock:
+            if not self._loop.is_closed():
+                self._call(self.engine.close())
+                self._stop_loop()
 
     def __enter__(self) -> LLM:
         return self
@@ -114,16 +124,14 @@ class LLM:
 
     async def _generate_all(self, prompts: list[Prompt], params: list[SamplingParams], show: bool) -> list[Generation]:
         inputs = self.engine.inputs
-        encoded = [inputs.encode_prompt(prompt) for prompt in prompts]
-        for token_ids, one in zip(encoded, params, strict=True):
-            inputs.check(len(token_ids), one)
-        # As many at once as the engine's queue takes; the rest follow as these finish.
-        most_answers = max((one.n for one in params), default=1)
-        slots = asyncio.Semaphore(max(self.engine.config.scheduler.max_num_queued_reqs // most_answers, 1))
+        names = ["prompt"] if len(prompts) == 1 else [f"prompts[{i}]" for i in range(len(prompts))]
+        encoded = [inputs.encode_prompt(prompt, param=name) for prompt, name in zip(prompts, names, strict=True)]
+        for token_ids, one, name in zip(encoded, params, names, strict=True):
+            inputs.check(len(token_ids), one, prompt_param=name)
         with _progress_bar(len(prompts), show) as advance:
 
             async def answer(prompt: Prompt, token_ids: list[int], one: SamplingParams) -> Generation:
-                async with slots:
+                async with self._room_for(one.n):
                     generation = await self._generate(prompt, token_ids, one)
                     advance()
                     return generation
@@ -134,6 +142,22 @@ class LLM:
             finally:
                 for task in tasks:  # one failed: do not leave the others running
                     task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    @asynccontextmanager
+    async def _room_for(self, num_answers: int) -> AsyncIterator[None]:
+        """As many at once, of all calls, as the engine's queue takes; the rest follow as these finish."""
+        limit = self.engine.config.scheduler.max_num_queued_reqs
+        async with self._room:
+            # More than all of it is let through, for the engine to refuse.
+            await self._room.wait_for(lambda: not self._num_answers or self._num_answers + num_answers <= limit)
+            self._num_answers += num_answers
+        try:
+            yield
+        finally:
+            self._num_answers -= num_answers
+            async with self._room:
+                self._room.notify_all()
 
     async def _generate(self, prompt: Prompt, token_ids: list[int], params: SamplingParams) -> Generation:
         generation = Generation(prompt, token_ids, [Answer() for _ in range(params.n)])
@@ -152,18 +176,46 @@ class LLM:
         return generation
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        if self._loop.is_closed():
+            work.close()
+            raise EngineUnavailableError("the LLM is closed")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C came to this thread alone
+            raise
 
     def _stop_loop(self) -> None:
+        """Let what other threads wait for come to its end (the engine is closed: with an error), then end the loop."""
+        asyncio.run_coroutine_threadsafe(_rest_of_tasks(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def _cancel_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    """End what runs on the loop of an LLM that was not closed, and the loop itself."""
+
+    async def cancel() -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    if not loop.is_closed():
+        asyncio.run_coroutine_threadsafe(cancel(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
 
 
 async def _start(config: EngineConfig, files: ModelFiles) -> AsyncEngine:
     engine = AsyncEngine(config, files)
     await engine.start()
     return engine
+
+
+async def _rest_of_tasks() -> None:
+    await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
 
 
 def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:

@@ -77,11 +77,11 @@ class OutputProcessor:
                 answer.stream.put(output)
         return stopped
 
-    def finish(self, request: Request, reason: FinishReason, error: ServdError) -> None:
+    def finish(self, request_id: str, reason: FinishReason, error: ServdError) -> None:
         """End an answer from outside (abort, deadline, shutdown), with the text that was held back."""
-        answer = self._answers.get(request.request_id)
+        answer = self._answers.get(request_id)
         if answer is not None:
-            output = self._output(answer, Update(request, finish_reason=reason))
+            output = self._output(answer, Update(answer.request, finish_reason=reason))
             output.error = error
             self._end(answer, output, time.monotonic())
             answer.stream.put(output)
@@ -91,8 +91,9 @@ class OutputProcessor:
         output = RequestOutput(request.request_id, answer.index, num_prompt_tokens=request.num_prompt_tokens)
         output.num_cached_tokens = request.num_cached_tokens
         output.finish_reason = update.finish_reason
-        if update.prompt_logprobs:
-            answer.prompt_logprobs += update.prompt_logprobs
+        if update.prompt_logprobs and not answer.num_output_tokens:
+            # After a preemption the same positions come again. Position p foretells token p + 1.
+            answer.prompt_logprobs[update.first_position + 1 :] = update.prompt_logprobs
         if update.error is not None:
             output.error = RequestFailedError(f"the request could not be computed: {update.error}")
         visible: list[int] = []
@@ -118,15 +119,21 @@ class OutputProcessor:
         metrics.generation_tokens.inc()
         if answer.last_token_time is None:
             metrics.time_to_first_token.observe(now - answer.request.arrival_time)
-            metrics.prompt_tokens.inc(answer.request.num_prompt_tokens)
-            started = answer.request.first_scheduled_time
-            metrics.queue_time.observe((now if started is None else started) - answer.request.arrival_time)
+            self._count_prompt(answer, now)
         else:
             metrics.inter_token_latency.observe(now - answer.last_token_time)
         answer.last_token_time = now
 
+    def _count_prompt(self, answer: _AnswerState, now: float) -> None:
+        if answer.index == 0:  # the n answers share one prompt
+            self._metrics.prompt_tokens.inc(answer.request.num_prompt_tokens)
+        started = answer.request.first_scheduled_time
+        self._metrics.queue_time.observe((now if started is None else started) - answer.request.arrival_time)
+
     def _end(self, answer: _AnswerState, output: RequestOutput, now: float) -> None:
         del self._answers[answer.request.request_id]
         assert output.finish_reason is not None
+        if output.finish_reason is FinishReason.LENGTH and answer.last_token_time is None:
+            self._count_prompt(answer, now)  # max_tokens is 0
         self._metrics.requests_finished.labels(output.finish_reason.value).inc()
         self._metrics.e2e_latency.observe(now - answer.request.arrival_time)

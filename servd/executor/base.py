@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from servd.config import EngineConfig
+from servd.errors import WorkerDied
 from servd.hub import ModelFiles, resolve_model
 from servd.outputs import ModelRunnerOutput, SchedulerOutput, WorkerInfo
 from servd.registry import Registry
@@ -26,6 +27,8 @@ class Executor(ABC):
     def __init__(self, config: EngineConfig, files: ModelFiles | None = None) -> None:
         self.config = config
         self.files = files
+        # Called if the workers die while no step is pending, so that no future can tell of it.
+        self.on_idle_death: Callable[[WorkerDied], None] | None = None
 
     def launch(self) -> None:  # noqa: B027 - a hook, not a duty: only an executor with processes gains by it
         """Begin, without waiting, what needs neither `config` nor `files`, such as torch's import in the worker.

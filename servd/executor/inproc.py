@@ -32,7 +32,7 @@ class InprocExecutor(Executor):
         files = await self.model_files()
         await self.close()
         loop = asyncio.get_running_loop()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="servd-worker")
+        thread = self._thread = ThreadPoolExecutor(1, thread_name_prefix="servd-worker")
 
         def report(what: str, done: int, total: int) -> None:
             if progress is not None:
@@ -44,12 +44,15 @@ class InprocExecutor(Executor):
             return Worker(self.config, files, report)
 
         try:
-            self._worker = await loop.run_in_executor(self._thread, load)
+            worker = await loop.run_in_executor(thread, load)
         except ServdError:
             raise
         except Exception as error:
             raise WorkerDied(f"the worker could not start: {type(error).__name__}: {error}") from error
-        return self._worker.info()
+        if self._thread is not thread:
+            raise WorkerDied("the worker was shut down while it started")
+        self._worker = worker
+        return worker.info()
 
     def submit(self, plan: SchedulerOutput) -> asyncio.Future[ModelRunnerOutput]:
         loop = asyncio.get_running_loop()

@@ -72,9 +72,9 @@ class _Rank:
             self._watch_writable(False)
             self._loop = None
 
-    def send(self, message: protocol.ToWorker) -> None:
-        """Never blocks; a dead worker shows as its death."""
-        self.channel.send(protocol.encode(message))
+    def send(self, message: bytes) -> None:
+        """Send an encoded message. Never blocks; a dead worker shows as its death."""
+        self.channel.send(message)
         self._watch_writable(self.channel.wants_write)
 
     def free(self) -> None:
@@ -165,9 +165,10 @@ class MultiprocExecutor(Executor):
             self._starting, self._progress = loop.create_future(), progress
             level = logging.getLogger("servd").getEffectiveLevel()
             log_level = next((name for limit, name in LOG_LEVELS if level <= limit), "error")
+            message = protocol.encode(protocol.Start(self.config, protocol.WireModelFiles.of(files), log_level))
             for rank in self._ranks:
                 rank.attach(loop, self._on_message, self._on_death)
-                rank.send(protocol.Start(self.config, protocol.WireModelFiles.of(files), log_level))
+                rank.send(message)
             info = await self._starting
         except BaseException:
             await self.close()
@@ -182,9 +183,10 @@ class MultiprocExecutor(Executor):
         if not self._is_ready:
             future.set_exception(WorkerDied("the worker is not running"))
             return future
+        message = protocol.encode(protocol.Step(plan))
         self._pending.append((plan.step_id, future))
         for rank in self._ranks:
-            rank.send(protocol.Step(plan))
+            rank.send(message)
         return future
 
     async def close(self) -> None:
@@ -196,7 +198,7 @@ class MultiprocExecutor(Executor):
             for rank in ranks:
                 rank.detach()
                 if was_ready:
-                    rank.send(protocol.Shutdown())
+                    rank.send(protocol.encode(protocol.Shutdown()))
                 else:
                     rank.process.kill()  # it is loading, and would not hear
             for rank in ranks:
@@ -248,7 +250,11 @@ class MultiprocExecutor(Executor):
         finally:
             _kill(ranks)
             self._burial = None
-            self._fail(WorkerDied(f"{rank.describe_exit()}{' while it started' if was_starting else ''}"))
+            error = WorkerDied(f"{rank.describe_exit()}{' while it started' if was_starting else ''}")
+            was_idle = not was_starting and not self._pending
+            self._fail(error)
+            if was_idle and self.on_idle_death is not None:
+                self.on_idle_death(error)
 
     def _fail(self, error: WorkerDied) -> None:
         """Tell everybody who waits."""

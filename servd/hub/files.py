@@ -18,6 +18,8 @@ Progress = Callable[[str, int, int], None]
 """`progress(what, done, total)`, bytes; called often and from the calling thread."""
 
 
+CHOOSE_HOME = "set SERVD_HOME to a folder with room that can be written to"
+
 # What of a generation_config.json counts; as in vLLM, its lengths and seeds do not.
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 

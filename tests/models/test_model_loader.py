@@ -6,6 +6,7 @@ Knows nothing of logits.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import pickle
 from collections.abc import Callable
@@ -261,3 +262,22 @@ def test_layer_types_that_are_not_known_are_refused(layer_types: Any, tmp_path: 
     assert refused(files) == (
         f"layer_types is {layer_types!r}; allowed: one of sliding_attention, full_attention for each layer"
     )
+
+
+def storages_of(numel: int) -> set[int]:
+    """Where the memory of all living tensors of at least so many elements begins."""
+    gc.collect()
+    # By type(): isinstance() asks proxies in torch.distributed for their class, which warns.
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel() >= numel}
+
+
+@pytest.mark.parametrize(("is_tied", "copies"), [(True, 1), (False, 2)])
+def test_a_tied_embedding_is_held_once(is_tied: bool, copies: int, tmp_path: Path) -> None:
+    options = {**DIMENSIONS, "vocab_size": 2000, "tie_word_embeddings": is_tied}
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
+    files = save(theirs, tmp_path)
+    before = storages_of(2000 * 64)
+    model = load_model(files, dtype="float32", device="cpu")
+    assert len(storages_of(2000 * 64) - before) == copies
+    assert_close(run_mixed(model, prompts()), reference_logits(theirs, prompts()))

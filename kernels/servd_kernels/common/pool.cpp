@@ -25,8 +25,8 @@ struct alignas(64) Range {
 };
 
 struct Pool {
-    int wanted = 0;   // threads asked for, the caller included; 0: one for each online processor
-    int workers = 0;  // threads running now, the caller not included
+    std::atomic<int> wanted{0};  // threads asked for, the caller included; 0: one for each online processor
+    int workers = 0;             // threads running now, the caller not included
     bool started = false;
     bool stop = false;
     pthread_t threads[kMaxThreads];
@@ -135,7 +135,8 @@ __attribute__((constructor)) void initialise() {
 }
 
 int wanted_threads() {
-    long wanted = pool.wanted > 0 ? pool.wanted : sysconf(_SC_NPROCESSORS_ONLN);
+    long wanted = pool.wanted.load(std::memory_order_relaxed);
+    if (wanted <= 0) wanted = sysconf(_SC_NPROCESSORS_ONLN);
     return wanted < 1 ? 1 : wanted > kMaxThreads ? kMaxThreads : int(wanted);
 }
 

@@ -13,7 +13,7 @@ def copy_blocks(
 ) -> None:
     """Copies block src[i] onto block dst[i] in every cache.
 
-    kv_caches: layers of one shape [num_blocks, ...] and dtype (any), each block contiguous; src, dst [n]
+    kv_caches: layers of one shape [num_blocks, ...], strides and dtype (any), each block contiguous; src, dst [n]
     int64. No block may be in both, nor twice in dst: the order of the copies is free. Raises ValueError.
     """
     if src.dim() != 1 or src.shape != dst.shape:
@@ -29,4 +29,6 @@ def copy_blocks(
     for cache in kv_caches:
         if cache.shape != first.shape or cache.dtype != first.dtype:
             raise ValueError(f"kv_caches must be alike: {list(cache.shape)} and {list(first.shape)}")
+        if cache.stride() != first.stride() or (len(cache) and not cache[0].is_contiguous()):
+            raise ValueError(f"kv_caches must have contiguous blocks and equal strides, not {list(cache.stride())}")
     OP.bind(first.device.type, first.dtype, backend)(kv_caches, src, dst)

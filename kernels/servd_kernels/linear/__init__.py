@@ -5,6 +5,7 @@ import torch
 
 from servd_kernels.linear.packed import BoundLinear, PackedWeight
 from servd_kernels.registry import Op
+from servd_kernels.strides import check_last_stride
 
 __all__ = ["OP", "BoundLinear", "PackedWeight", "linear", "pack"]
 
@@ -29,7 +30,7 @@ def linear(
 
     Sums in float32, in one order for each output element whatever num_rows; rounds once, to out_dtype: x's (the
     default) or float32, which logits need (a bfloat16 logit of 20 has steps of 0.125). Raises ValueError for shapes or
-    dtypes that do not fit.
+    dtypes that do not fit, and for a strided bias.
     """
     if x.dim() != 2 or x.shape[1] != packed.in_features:
         raise ValueError(f"x must be [num_rows, {packed.in_features}], not {list(x.shape)}")
@@ -37,6 +38,7 @@ def linear(
         raise ValueError(f"x must be {packed.data.dtype} like the weight, not {x.dtype}")
     if bias is not None and (bias.shape != (packed.out_features,) or bias.dtype != x.dtype):
         raise ValueError(f"bias must be {x.dtype} [{packed.out_features}], not {bias.dtype} {list(bias.shape)}")
+    check_last_stride(bias=bias)
     if out_dtype not in (None, x.dtype, torch.float32):
         raise ValueError(f"out_dtype must be {x.dtype} or torch.float32, not {out_dtype}")
     return packed.run(x, packed, bias, out_dtype)

@@ -34,6 +34,15 @@ void pack_panel(const T* weight, int64_t row_stride, int64_t columns, int64_t k,
             panel[(i / group * kPanel + c) * group + i % group] = weight[c * row_stride + i];
 }
 
+template <class T>
+void unpack_row(const T* panel, int64_t column, int64_t k, T* row) {
+    constexpr int64_t kGroup = IsPaired<T>::value ? 2 : 1;
+    int64_t i = 0;
+    for (; i + kGroup <= k; i += kGroup)
+        memcpy(row + i, panel + i * kPanel + column * kGroup, kGroup * sizeof(T));
+    if (i < k) row[i] = panel[i * kPanel + column * kGroup];
+}
+
 #if defined(__AVX512BF16__)
 SERVD_INLINE __m512bh pair_of(const bf16* x, bool both) {
     uint32_t bits = 0;
@@ -149,6 +158,24 @@ SERVD_EXPORT(linear_pack)(const void* weight, int64_t row_stride, void* packed, 
             pack_panel(static_cast<const T*>(weight) + first * row_stride, row_stride,
                        lesser(int64_t(kPanel), n - first), k,
                        static_cast<T*>(packed) + first * packed_depth<T>(k));
+        });
+        return 0;
+    });
+}
+
+// Rows ids[0..count) of the packed [n, k] weight, as they were. Returns 1 for an id outside; then nothing was
+// written.
+SERVD_EXPORT(linear_rows)(const void* packed, const int64_t* ids, void* out, int64_t count, int64_t n, int64_t k,
+                          int dtype) {
+    using namespace SERVD_ISA;
+    for (int64_t i = 0; i < count; ++i)
+        if (ids[i] < 0 || ids[i] >= n) return 1;
+    return with_dtype(dtype, [=](auto tag) {
+        using T = typename decltype(tag)::type;
+        parallel(count, count * k, [=](int64_t i) {
+            int64_t column = ids[i] % kPanel, first = ids[i] - column;
+            unpack_row(static_cast<const T*>(packed) + first * packed_depth<T>(k), column, k,
+                       static_cast<T*>(out) + i * k);
         });
         return 0;
     });

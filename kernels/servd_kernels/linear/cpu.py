@@ -8,6 +8,7 @@ from servd_kernels.linear.packed import BoundLinear, PackedWeight
 
 _SIZE = native.Function("linear_packed_size", "lli", "l")
 _PACK = native.Function("linear_pack", "plplli")
+_ROWS = native.Function("linear_rows", "pppllli")
 _KERNEL = native.Function("linear", "plppplllii")
 
 
@@ -26,7 +27,16 @@ def pack(weight: torch.Tensor) -> PackedWeight:
     code = native.DTYPES[weight.dtype]
     data = torch.empty(_SIZE.call(rows, columns, code), dtype=weight.dtype)
     _PACK.call(weight.data_ptr(), weight.stride(0), data.data_ptr(), rows, columns, code)
-    return PackedWeight(data, rows, columns, run, _KERNEL.call)
+    take_rows = _ROWS.call
+
+    def unpack_rows(ids: torch.Tensor) -> torch.Tensor:
+        ids = ids.contiguous()
+        out = torch.empty(len(ids), columns, dtype=data.dtype)
+        if take_rows(data.data_ptr(), ids.data_ptr(), out.data_ptr(), len(ids), rows, columns, code):
+            raise IndexError(f"row ids must be in 0..{rows - 1}")
+        return out
+
+    return PackedWeight(data, rows, columns, run, unpack_rows, _KERNEL.call)
 
 
 def run(

@@ -15,6 +15,7 @@ class PackedWeight:
     out_features: int
     in_features: int
     run: "Run"
+    rows: Callable[[torch.Tensor], torch.Tensor]  # ids [n] int64 -> those rows of the weight [n, in_features], exact
     kernel: Callable[..., int] | None = None  # native code of the instruction set that fits the layout
 
 

@@ -21,7 +21,7 @@ def bind(device: str, dtype: torch.dtype, **axes: int) -> BoundLinear:
 
 def pack(weight: torch.Tensor) -> PackedWeight:
     """Keeps the weight as it is."""
-    return PackedWeight(weight, weight.shape[0], weight.shape[1], run)
+    return PackedWeight(weight, weight.shape[0], weight.shape[1], run, lambda ids: functional.embedding(ids, weight))
 
 
 def run(

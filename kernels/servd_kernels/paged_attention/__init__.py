@@ -4,6 +4,7 @@ Does not know requests: only rows, block tables and lengths, prefill and decode 
 import torch
 
 from servd_kernels.registry import Op
+from servd_kernels.strides import check_last_stride
 
 OP = Op("paged_attention")
 
@@ -40,6 +41,7 @@ def paged_attention(
     ):
         if tensor.shape != shape or tensor.dtype != torch.int32:
             raise ValueError(f"{name} must be int32 {shape}, not {tensor.dtype} {tuple(tensor.shape)}")
+    check_last_stride(q=q, kv_cache=kv_cache, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens)
     run = OP.bind(q.device.type, q.dtype, backend, head_dim=q.shape[2])
     out: torch.Tensor = run(q, kv_cache, cu_seqlens_q, seq_lens, block_tables, scale, sliding_window)
     return out

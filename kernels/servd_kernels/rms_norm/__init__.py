@@ -4,6 +4,7 @@ Does not know the model: a row is a hidden state, or one head for QK-norm."""
 import torch
 
 from servd_kernels.registry import Op
+from servd_kernels.strides import check_last_stride
 
 OP = Op("rms_norm")
 
@@ -28,6 +29,7 @@ def rms_norm(
     for name, tensor in (("weight", weight), ("residual", residual)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise ValueError(f"{name} must be {x.dtype} like x, not {tensor.dtype}")
+    check_last_stride(weight=weight)
     run = OP.bind(x.device.type, x.dtype, backend, hidden=x.shape[-1])
     result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = run(x, weight, eps, residual)
     return result

@@ -4,6 +4,7 @@ Does not know how slots were assigned, nor how cos_sin was scaled."""
 import torch
 
 from servd_kernels.registry import Op
+from servd_kernels.strides import check_last_stride
 
 OP = Op("rope_and_cache")
 
@@ -42,6 +43,9 @@ def rope_and_cache(
     rotary_dim = cos_sin.shape[-1]
     if cos_sin.dim() != 2 or cos_sin.dtype != torch.float32 or rotary_dim % 2 or rotary_dim > head_dim:
         raise ValueError(f"cos_sin must be float32 [max_pos, even, <= {head_dim}], not {list(cos_sin.shape)}")
+    if not cos_sin.is_contiguous():
+        raise ValueError(f"cos_sin must be contiguous, not of strides {list(cos_sin.stride())}")
+    check_last_stride(q=q, k=k, v=v, kv_cache=kv_cache, positions=positions, slot_mapping=slot_mapping)
     run = OP.bind(q.device.type, q.dtype, backend, head_dim=head_dim)
     out: torch.Tensor = run(q, k, v, positions, cos_sin, slot_mapping, kv_cache, interleaved)
     return out

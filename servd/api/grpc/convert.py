@@ -10,14 +10,13 @@ from typing import Any
 
 from google.protobuf import json_format
 
+from servd.api.conversation import check_num_messages, template_role
 from servd.api.grpc._pb.servd.v1 import inference_pb2 as pb
 from servd.engine.tokenizer import Tokenizer
 from servd.errors import InvalidRequestError
 from servd.outputs import RequestOutput, TokenLogprobs
 from servd.request import FinishReason
 from servd.sampling_params import SamplingParams
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _OPTIONAL_FIELDS = tuple(f.name for f in pb.SamplingParams.DESCRIPTOR.fields if f.has_presence)
 
@@ -61,21 +60,23 @@ def prompt_from(request: pb.GenerateRequest) -> tuple[str, str | list[int]]:
 
 def chat_messages_from(request: pb.ChatRequest) -> list[dict[str, Any]]:
     """The conversation as chat templates want it. Raises InvalidRequestError for an unknown role."""
+    check_num_messages(len(request.messages))
     messages = []
     for i, message in enumerate(request.messages):
-        if message.role not in ROLES:
-            raise InvalidRequestError(
-                f"messages[{i}].role is {message.role!r}; allowed: {', '.join(ROLES)}", param=f"messages[{i}].role"
-            )
-        role = "system" if message.role == "developer" else message.role
-        turn = {"role": role, "content": message.content}
+        turn = {"role": template_role(message.role, f"messages[{i}]"), "content": message.content}
         messages.append(turn | {"name": message.name} if message.name else turn)
     return messages
 
 
 def template_kwargs_from(request: pb.ChatRequest) -> dict[str, Any]:
-    """Extra variables of the chat template."""
-    return json_format.MessageToDict(request.chat_template_kwargs)
+    """Extra variables of the chat template. Raises InvalidRequestError for what JSON does not know."""
+    try:
+        return json_format.MessageToDict(request.chat_template_kwargs)
+    except (ValueError, json_format.Error):
+        raise InvalidRequestError(
+            "chat_template_kwargs holds a number that is not finite, or a value of no kind; allowed: JSON values",
+            param="chat_template_kwargs",
+        ) from None
 
 
 def chunk_from(output: RequestOutput, request_id: str, model: str, tokenizer: Tokenizer) -> pb.Chunk:

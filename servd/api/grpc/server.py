@@ -40,8 +40,11 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         self.service = service
 
     def _params(self, message: pb.SamplingParams, max_tokens: int | None) -> SamplingParams:
+        """Settings of a call for which there is room in the queue."""
         defaults = {"max_tokens": max_tokens, **self.service.engine.sampling_defaults}
-        return convert.sampling_params_from(message, defaults)
+        params = convert.sampling_params_from(message, defaults)
+        self.service.engine.check_room(params.n)
+        return params
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Stream the continuation of a prompt."""
@@ -97,7 +100,9 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         async with errors_as_status(context):
             self.service.check_model(request.model)
             add_special_tokens = _or_true(request, "add_special_tokens")
-            token_ids = await self.service.tokenize(request.text, add_special_tokens=add_special_tokens)
+            token_ids = await self.service.tokenize(
+                request.text, add_special_tokens=add_special_tokens, param="text"
+            )
             return pb.TokenizeResponse(token_ids=token_ids, max_model_len=self.service.engine.max_model_len)
         return None
 
@@ -106,7 +111,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         async with errors_as_status(context):
             self.service.check_model(request.model)
             text = await self.service.detokenize(
-                list(request.token_ids), skip_special_tokens=request.skip_special_tokens, param="token_ids"
+                request.token_ids, skip_special_tokens=request.skip_special_tokens, param="token_ids"
             )
             return pb.DetokenizeResponse(text=text)
         return None

@@ -29,17 +29,20 @@ logger = logging.getLogger(__name__)
 
 DETAILS_KEY = "grpc-status-details-bin"
 ERROR_DOMAIN = "servd"
+# The message may quote what the client sent. It travels three times in the trailer, of which clients take 8 KiB.
+MAX_MESSAGE_BYTES = 1000
 
 
 def error_details(error: ServdError) -> bytes:
     """A serialized google.rpc.Status: ErrorInfo always, BadRequest for a field, RetryInfo for an overload."""
     code: grpc.StatusCode = grpc.StatusCode[error.grpc_code]
-    status = status_pb2.Status(code=code.value[0], message=error.message)
+    message = status_message(error)
+    status = status_pb2.Status(code=code.value[0], message=message)
     info = error_details_pb2.ErrorInfo(reason=(error.code or error.type).upper(), domain=ERROR_DOMAIN)
     details = [info]
     if isinstance(error, InvalidRequestError) and error.param is not None:
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=_field_path(error.param), description=error.message
+            field=_shortened(_field_path(error.param)), description=message
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, OverloadedError):
@@ -54,6 +57,15 @@ def error_details(error: ServdError) -> bytes:
     return serialized
 
 
+def status_message(error: ServdError) -> str:
+    """What the client reads of an error, short enough to arrive."""
+    return _shortened(error.message)
+
+
+def _shortened(text: str) -> str:
+    return text.encode(errors="replace")[:MAX_MESSAGE_BYTES].decode(errors="ignore")
+
+
 def _field_path(param: str) -> str:
     return f"sampling_params.{param}" if param in SamplingParams.__struct_fields__ else param
 
@@ -61,7 +73,7 @@ def _field_path(param: str) -> str:
 async def abort_with(context: Context, error: ServdError) -> None:
     """End the call with the error's status. Raises grpc's AbortError, which the server expects."""
     trailer = ((DETAILS_KEY, error_details(error)),)
-    await context.abort(grpc.StatusCode[error.grpc_code], error.message, trailer)
+    await context.abort(grpc.StatusCode[error.grpc_code], status_message(error), trailer)
 
 
 @asynccontextmanager

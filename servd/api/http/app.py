@@ -9,13 +9,14 @@ import asyncio
 import importlib
 import logging
 import pkgutil
+import socket
 from http import HTTPStatus
 
 from aiohttp import web
 
 from servd.api.http import routes
 from servd.api.http.context import BODY_TIMEOUT, SERVER_CONFIG, SERVICE, WRITE_TIMEOUT
-from servd.api.http.errors import BadHTTPError, error_response
+from servd.api.http.errors import BadHTTPError, as_servd_error, error_response
 from servd.api.http.middleware import add_headers, check_access, errors_as_json, identify_and_log
 from servd.api.service import InferenceService
 from servd.config import ServerConfig
@@ -33,7 +34,33 @@ _NO_ACCESS_LOG.disabled = True
 class _Protocol(web.RequestHandler):
     """aiohttp's connection, with JSON instead of plain text where the bytes were not even HTTP."""
 
-    __slots__ = ()
+    __slots__ = ("_write_timeout",)
+
+    def __init__(self, manager: web.Server, write_timeout: float) -> None:
+        super().__init__(
+            manager,
+            loop=asyncio.get_running_loop(),
+            keepalive_timeout=KEEPALIVE_SECONDS,
+            access_log=_NO_ACCESS_LOG,
+            auto_decompress=False,  # compressed bodies are refused
+        )
+        self._write_timeout = write_timeout
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        # A whole reply, and the end of a stream, wait in buffers that no handler watches: the system cuts the client
+        # off that reads nothing of them for so long.
+        connection = transport.get_extra_info("socket")
+        if connection is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(1000 * self._write_timeout)))
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        if isinstance(resp, web.HTTPException):  # aiohttp looks at Expect before any middleware runs
+            _log.info("%s refused for %s", resp.reason, request.remote)
+            resp = error_response(as_servd_error(resp))
+        return await super().finish_response(request, resp, start_time)
 
     def handle_error(
         self,
@@ -55,17 +82,19 @@ class _Protocol(web.RequestHandler):
 
 
 class _Server(web.Server):
+    write_timeout = 60.0  # seconds
+
     def __call__(self) -> web.RequestHandler:
-        return _Protocol(
-            self, loop=asyncio.get_running_loop(), keepalive_timeout=KEEPALIVE_SECONDS, access_log=_NO_ACCESS_LOG
-        )
+        return _Protocol(self, self.write_timeout)
 
 
 class _Runner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         server = await super()._make_server()
         # Without handler_cancellation the handler of a non-streaming call would run on for a client long gone.
-        return _Server(server.request_handler, request_factory=server.request_factory, handler_cancellation=True)
+        server = _Server(server.request_handler, request_factory=server.request_factory, handler_cancellation=True)
+        server.write_timeout = self.app[WRITE_TIMEOUT]
+        return server
 
 
 def create_app(

@@ -13,6 +13,7 @@ import msgspec
 from aiohttp import web
 
 from servd.api.http.context import BODY_TIMEOUT, SERVER_CONFIG
+from servd.api.http.errors import UnsupportedEncodingError
 from servd.errors import DeadlineExceededError, InvalidRequestError, PayloadTooLargeError
 
 T = TypeVar("T")
@@ -37,7 +38,15 @@ _TYPE_NAMES = {
 
 
 async def read_body(request: web.Request) -> bytes:
-    """The whole body, at most `max_body_bytes`. Raises PayloadTooLargeError, DeadlineExceededError."""
+    """The whole body, at most `max_body_bytes`.
+
+    Raises PayloadTooLargeError, UnsupportedEncodingError, DeadlineExceededError, InvalidRequestError.
+    """
+    for encoding in request.headers.getall("Content-Encoding", []):
+        if encoding.lower() != "identity":
+            raise UnsupportedEncodingError(
+                f"header Content-Encoding is {encoding[:100]!r}; allowed: identity, a body that is not compressed"
+            )
     limit = request.app[SERVER_CONFIG].max_body_bytes
     too_large = PayloadTooLargeError(f"the body is too large; allowed: at most {limit} bytes")
     if request.content_length is not None and request.content_length > limit:
@@ -51,7 +60,7 @@ async def read_body(request: web.Request) -> bytes:
     except TimeoutError:
         raise DeadlineExceededError(f"the body did not arrive within {seconds:g} seconds") from None
     except web.RequestPayloadError:
-        raise InvalidRequestError("the body cannot be read: its encoding is broken") from None
+        raise InvalidRequestError("the body cannot be read: its chunks are broken") from None
 
 
 def decode_body(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:

@@ -48,6 +48,14 @@ class BadHTTPError(ServdError):
     code = "bad_http"
 
 
+class UnsupportedEncodingError(ServdError):
+    """A compressed body: unpacking one of a few megabytes may take all memory, or the event loop for seconds."""
+
+    http_status = 415
+    type = "invalid_request_error"
+    code = "unsupported_encoding"
+
+
 def as_servd_error(error: BaseException) -> ServdError:
     """The ServdError that tells the client of `error`; what was not raised on purpose becomes a bare 500."""
     if isinstance(error, ServdError):
@@ -59,6 +67,8 @@ def as_servd_error(error: BaseException) -> ServdError:
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
         return MethodNotAllowedError(f"method is {error.method}; allowed here: {allowed}")
+    if isinstance(error, web.HTTPExpectationFailed):
+        return BadHTTPError("header Expect asks for what this server cannot do; allowed: 100-continue")
     if isinstance(error, web.HTTPException) and 400 <= error.status < 500:
         return BadHTTPError(error.reason)
     # Its text may hold paths or addresses: those go to the log alone.

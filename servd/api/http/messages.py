@@ -9,10 +9,10 @@ from typing import Any
 
 import msgspec
 
+from servd.api.conversation import check_num_messages, template_role
 from servd.errors import InvalidRequestError, UnsupportedError
 
-MAX_MESSAGES = 4096
-ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_PARTS = 4096  # of content, and tool calls, in all messages together
 
 
 class FunctionCall(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -51,21 +51,23 @@ def template_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
 
     Raises InvalidRequestError naming messages[i].FIELD.
     """
-    if len(messages) > MAX_MESSAGES:
-        raise InvalidRequestError(f"messages has {len(messages)} entries; allowed: {MAX_MESSAGES}", param="messages")
+    check_num_messages(len(messages))
+    num_parts = sum(len(m.content) if isinstance(m.content, list) else 0 for m in messages)
+    num_parts += sum(len(m.tool_calls or ()) for m in messages)
+    if num_parts > MAX_PARTS:
+        raise InvalidRequestError(
+            f"messages have {num_parts} content parts and tool calls; allowed: {MAX_PARTS}", param="messages"
+        )
     return [_template_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
 def _template_message(message: ChatMessage, where: str) -> dict[str, Any]:
-    if message.role not in ROLES:
-        raise InvalidRequestError(
-            f"{where}.role is {message.role[:100]!r}; allowed: {', '.join(ROLES)}", param=f"{where}.role"
-        )
+    role = template_role(message.role, where)
     for field in ("audio", "function_call", "annotations"):
         if getattr(message, field):
             raise UnsupportedError(f"{where}.{field} is set; servd does not honour it", param=f"{where}.{field}")
     rendered: dict[str, Any] = {
-        "role": "system" if message.role == "developer" else message.role,
+        "role": role,
         "content": _text_content(message, where),
     }
     for field in ("name", "tool_call_id", "refusal", "reasoning_content"):

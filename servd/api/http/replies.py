@@ -34,24 +34,37 @@ def finish_reason_text(reason: FinishReason | None) -> str | None:
 class CompletionLogprobs:
     """The legacy shape {tokens, token_logprobs, top_logprobs, text_offset}; keeps the offset of one answer's text."""
 
-    def __init__(self, tokenizer: Tokenizer, num_top: int, detokenizer: Detokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, num_top: int, prompt: Detokenizer, answer: Detokenizer) -> None:
+        """The detokenizers tell how much a token adds to the text: not always what it says itself."""
         self._tokenizer = tokenizer
         self._num_top = num_top
-        self._detokenizer = detokenizer  # tells how much a token adds to the text: not always what it says itself
-        self._offset = 0  # characters of the answer's text before the next token
+        self._prompt = prompt
+        self._answer = answer
+        self._offset = 0  # characters of the text before the next token
 
-    def as_dict(self, entries: Sequence[TokenLogprobs | None], *, first_token_id: int | None = None) -> dict[str, Any]:
-        """The next tokens; an entry of None is a prompt's first token, `first_token_id`, which nothing predicts."""
+    def as_dict(
+        self,
+        prompt: Sequence[TokenLogprobs | None],
+        answer: Sequence[TokenLogprobs],
+        *,
+        first_token_id: int,
+        hides_first: bool = False,
+    ) -> dict[str, Any]:
+        """The next tokens, of an echoed prompt and of the answer.
+
+        An entry of None is the prompt's first token, `first_token_id`, which nothing predicts; `hides_first`: the
+        echoed text is without it.
+        """
         tokens: list[str] = []
         token_logprobs: list[float | None] = []
         top_logprobs: list[dict[str, float] | None] = []
         text_offset: list[int] = []
-        for entry in entries:
+        parts = [(entry, self._prompt) for entry in prompt] + [(entry, self._answer) for entry in answer]
+        for entry, detokenizer in parts:
             token_id = first_token_id if entry is None else entry.token_id
-            text = "" if token_id is None else self._tokenizer.token_text(token_id)
-            tokens.append(text)
+            tokens.append(self._tokenizer.token_text(token_id))
             text_offset.append(self._offset)
-            self._offset += len(self._detokenizer.push([] if token_id is None else [token_id]))
+            self._offset += len(detokenizer.push([] if entry is None and hides_first else [token_id]))
             token_logprobs.append(None if entry is None else _finite(entry.logprob))
             top_logprobs.append(None if entry is None else self._top(entry))
         return {

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from google.protobuf import struct_pb2
 from google.rpc import error_details_pb2
 
 from servd.api.grpc._pb.servd.v1 import inference_pb2 as pb
@@ -19,6 +20,7 @@ from tests.fakes import TEMPLATE_ERROR
 
 Code = grpc.StatusCode
 USER = pb.ChatMessage(role="user", content="Hi")
+NOT_FINITE = struct_pb2.Struct(fields={"depth": struct_pb2.Value(number_value=float("nan"))})
 
 
 def sampled(**sampling: Any) -> Callable[[Served], Any]:
@@ -57,6 +59,10 @@ WRONG: dict[str, tuple[Callable[[Served], Any], str]] = {
     "no messages": (chatted(), "messages"),
     "unknown role": (chatted(USER, pb.ChatMessage(role="wizard", content="x")), "messages[1].role"),
     "template refuses": (chatted(pb.ChatMessage(role="user", content=TEMPLATE_ERROR)), "messages"),
+    "template variable not finite": (
+        lambda s: s.stub.Chat(pb.ChatRequest(messages=[USER], chat_template_kwargs=NOT_FINITE)), "chat_template_kwargs"
+    ),
+    "too many messages": (chatted(*[USER] * 5000), "messages"),
     "chat too long": (chatted(pb.ChatMessage(role="user", content="x" * 200)), "messages"),
     "detokenize out of the vocabulary": (
         lambda s: s.stub.Detokenize(pb.DetokenizeRequest(token_ids=[999])), "token_ids"
@@ -216,6 +222,31 @@ def test_what_was_not_raised_on_purpose_is_hidden(tmp_path: Path, monkeypatch: p
             error = await error_of(s.stub.Tokenize(pb.TokenizeRequest(text="x")))
             assert error.code() == Code.INTERNAL
             assert "secret" not in str(error.details())
+
+    run(test)
+
+
+@pytest.mark.parametrize("quoted", ["x" * 100_000, "\U0001f30d" * 5000, "\r\n\0" * 5000])
+def test_an_error_that_quotes_the_client_at_length_still_arrives(quoted: str, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as s:
+            error = await error_of(s.stub.Tokenize(pb.TokenizeRequest(model=quoted)))
+            assert error.code() == Code.NOT_FOUND
+            assert str(error.details()).startswith("model '")
+            assert status_of(error).message == error.details()
+            error = await error_of(s.stub.Chat(pb.ChatRequest(messages=[pb.ChatMessage(role=quoted, content="x")])))
+            assert error.code() == Code.INVALID_ARGUMENT
+            assert blamed_field(error) == "messages[0].role"
+
+    run(test)
+
+
+def test_a_priority_that_the_policy_ignores_is_refused(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as s:
+            error = await error_of(s.stub.Generate(pb.GenerateRequest(text="x", priority=1)))
+            assert error.code() == Code.UNIMPLEMENTED
+            assert blamed_field(error) == "priority"
 
     run(test)
 

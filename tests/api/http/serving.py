@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 import openai
+from aiohttp import web
 
 from servd.api.http.app import start_http, stop_http
 from servd.api.service import InferenceService
@@ -59,6 +60,12 @@ class Served:
     fake: FakeEngine
     session: aiohttp.ClientSession
     port: int
+    runner: web.AppRunner
+
+    def connections(self) -> int:
+        """How many the server holds open."""
+        assert self.runner.server is not None
+        return len(self.runner.server.connections)
 
     @property
     def url(self) -> str:
@@ -120,7 +127,7 @@ async def serve(
         )
         try:
             async with aiohttp.ClientSession() as session:
-                yield Served(fake, session, port)
+                yield Served(fake, session, port, runner)
             if fake.engine.state == "ready":
                 await fake.wait_idle()
         finally:

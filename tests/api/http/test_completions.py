@@ -10,6 +10,7 @@ import pytest
 from openai.types import Completion
 
 from tests.api.http.serving import COMPLETIONS, Served, serve
+from tests.fakes import EOS, ByteTokenizer
 
 REPLIES = {"greet": "Hello, 世界 😀!", "count": "one two three", "empty": ""}
 
@@ -146,6 +147,33 @@ def test_text_offsets_count_characters_of_the_text_not_of_the_tokens(tmp_path: P
     assert choice["logprobs"]["text_offset"] == [0, 0, 0, 1, 2]
 
 
+def test_text_offsets_count_special_tokens_that_the_prompt_writes_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(tokenizer: ByteTokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+        parts = [list(part.encode()) for part in text.split("<eos>")]
+        return parts[0] + [token_id for part in parts[1:] for token_id in [EOS, *part]]
+
+    body = {"prompt": "a<eos>é", "echo": True, "logprobs": 0, "max_tokens": 1, "logit_bias": {"63": 100}}
+    monkeypatch.setattr(ByteTokenizer, "encode", encode)
+    choice = ask(tmp_path, body)["choices"][0]
+    assert choice["text"] == "a<eos>é?"
+    assert choice["logprobs"]["tokens"] == ["a", "<eos>", "\ufffd", "\ufffd", "?"]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 6, 6, 7]
+
+
+def test_text_offsets_leave_out_what_the_tokenizer_puts_before_a_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = ByteTokenizer.encode
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text, _=True: [EOS, *encode(self, text)])
+    body = {"prompt": "ab", "echo": True, "logprobs": 0, "max_tokens": 1, "logit_bias": {"63": 100}}
+    choice = ask(tmp_path, body)["choices"][0]
+    assert choice["text"] == "ab?"
+    assert choice["logprobs"]["tokens"] == ["<eos>", "a", "b", "?"]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2]
+
+
 def test_echoed_logprobs_begin_with_the_prompt(tmp_path: Path) -> None:
     reply = ask(tmp_path, {"prompt": "greet", "logprobs": 1, "max_tokens": 2, "echo": True, "n": 2})
     for choice in reply["choices"]:
@@ -249,6 +277,14 @@ def test_a_stream_never_holds_half_a_character_nor_part_of_a_stop_string(tmp_pat
     assert "".join(texts) == "日本語 "
     assert len(texts) > 2, "it came in pieces"
     assert not any("\ufffd" in text or "S" in text for text in texts)
+
+
+def test_a_priority_is_taken_where_the_policy_heeds_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path, settings={"scheduling_policy": "priority"}) as server:
+            assert (await completion(server, {"prompt": "x", "priority": -3}))["usage"]["completion_tokens"] == 16
+
+    asyncio.run(main())
 
 
 def test_what_a_request_leaves_open_is_sampled_as_the_model_recommends(tmp_path: Path) -> None:

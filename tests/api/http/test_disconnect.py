@@ -118,6 +118,21 @@ def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_a_whole_reply_is_not_kept_for_ever_for_a_client_that_does_not_read(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path, max_position_embeddings=20_000, num_blocks=2000, write_timeout=0.3) as server:
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect(("127.0.0.1", server.port))
+                body = LONG | {"max_tokens": 15_000, "logprobs": 20}
+                client.sendall(head_and_body(COMPLETIONS, body))
+                connections = server.connections
+                await server.fake.wait_until(lambda: server.engine.stats().running == 1)
+                await server.fake.wait_until(lambda: connections() == 0, seconds=30)
+
+    asyncio.run(main())
+
+
 def test_a_slow_reader_gets_everything(tmp_path: Path) -> None:
     async def main() -> None:
         async with serve(tmp_path, max_position_embeddings=20_000, num_blocks=2000) as server:

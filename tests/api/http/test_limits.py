@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from servd.api.service import MAX_DETOKENIZE_TOKENS, MAX_TOKENIZE_CHARS
 from servd.config import ServerConfig
-from tests.api.http.serving import COMPLETIONS, serve
+from tests.api.http.serving import CHAT, COMPLETIONS, serve
+from tests.fakes import ByteTokenizer
 
 SMALL = ServerConfig(port=0, max_body_bytes=100_000)
 HEAD = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\n".encode()
@@ -30,7 +32,7 @@ def test_a_body_over_the_limit_is_413(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_413_for_chunked_and_compressed_bodies(tmp_path: Path) -> None:
+def test_413_for_chunked_bodies(tmp_path: Path) -> None:
     async def main() -> None:
         async with serve(tmp_path, server=SMALL) as server:
             async def chunks() -> object:
@@ -39,15 +41,76 @@ def test_413_for_chunked_and_compressed_bodies(tmp_path: Path) -> None:
 
             chunked = await server.request("POST", COMPLETIONS, data=chunks())
             assert (chunked.status, chunked.error()["code"]) == (413, "payload_too_large")
-            bomb = gzip.compress(b" " * 50_000_000)
-            assert len(bomb) < SMALL.max_body_bytes
-            reply = await server.post(COMPLETIONS, bomb, headers={"Content-Encoding": "gzip"})
-            assert (reply.status, reply.error()["code"]) == (413, "payload_too_large")
-            packed = gzip.compress(json.dumps({"prompt": "x"}).encode())
-            assert (await server.post(COMPLETIONS, packed, headers={"Content-Encoding": "gzip"})).status == 200
-            broken = await server.post(COMPLETIONS, b"not gzip", headers={"Content-Encoding": "gzip"})
-            assert broken.status == 400
-            broken.error()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "x-unknown", "gzip, gzip"])
+def test_compressed_bodies_are_refused_by_name_and_never_unpacked(tmp_path: Path, encoding: str) -> None:
+    async def main() -> None:
+        async with serve(tmp_path) as server:
+            headers = {"Content-Encoding": encoding}
+            for body in (gzip.compress(b'{"prompt": "x"}'), b'{"prompt": "x"}', b"not gzip"):
+                reply = await server.post(COMPLETIONS, body, headers=headers)
+                assert (reply.status, reply.error()["code"]) == (415, "unsupported_encoding")
+                assert encoding in reply.error()["message"]
+            plain = await server.post(COMPLETIONS, {"prompt": "x"}, headers={"Content-Encoding": "identity"})
+            assert plain.status == 200
+
+    asyncio.run(main())
+
+
+def test_an_expectation_is_met_or_refused_in_json(tmp_path: Path) -> None:
+    body = b'{"prompt": "x"}'
+
+    async def main() -> None:
+        async with serve(tmp_path) as server:
+            rest = b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+            met = await server.raw(HEAD + b"Expect: 100-continue\r\n" + rest)
+            assert met.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
+            for head in (HEAD, HEAD.replace(COMPLETIONS.encode(), b"/nowhere")):
+                refused, _, error = (await server.raw(head + b"Expect: miracles\r\n" + rest)).partition(b"\r\n\r\n")
+                assert refused.startswith(b"HTTP/1.1 400") and b"application/json" in refused
+                assert "Expect" in json.loads(error)["error"]["message"]
+
+    asyncio.run(main())
+
+
+def test_texts_that_fit_no_context_are_refused_without_tokenizing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts: list[str] = []
+    encode = ByteTokenizer.encode
+
+    def spying(tokenizer: ByteTokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+        texts.append(text)
+        return encode(tokenizer, text, add_special_tokens)
+
+    async def main() -> None:
+        async with serve(tmp_path, max_position_embeddings=128) as server:
+            monkeypatch.setattr(ByteTokenizer, "encode", spying)
+            long = "x" * (128 * len("<eos>") + 1)  # its longest token, 128 times, and one more
+            user = {"role": "user", "content": long}
+            for path, fields, param in (
+                (COMPLETIONS, {"prompt": long}, "prompt"),
+                (COMPLETIONS, {"prompt": ["x", long]}, "prompt[1]"),
+                (CHAT, {"messages": [user]}, "messages"),
+                (CHAT, {"messages": [user | {"content": long[:400]}] * 2}, "messages"),
+            ):
+                reply = await server.post(path, fields)
+                assert (reply.status, reply.error()["param"]) == (400, param)
+                assert "allowed: at most 127 tokens" in reply.error()["message"]
+            assert texts == ["x"], "nothing long was tokenized"
+            just_fits = await server.post(COMPLETIONS, {"prompt": long[:-1]})
+            assert "640 tokens" in just_fits.error()["message"], "what might fit is counted exactly"
+            counted = await server.post("/tokenize", {"prompt": long})
+            assert counted.json()["count"] == len(long), "texts may be counted that fit no context"
+            data = json.dumps({"prompt": "x" * (MAX_TOKENIZE_CHARS + 1)}).encode()
+            reply = await server.post("/tokenize", io.BytesIO(data))
+            assert (reply.status, reply.error()["param"]) == (400, "prompt")
+            data = json.dumps({"tokens": [65] * (MAX_DETOKENIZE_TOKENS + 1)}).encode()
+            reply = await server.post("/detokenize", io.BytesIO(data))
+            assert (reply.status, reply.error()["param"]) == (400, "tokens")
 
     asyncio.run(main())
 

@@ -101,7 +101,7 @@ def test_an_unknown_command_and_a_refused_message_do_not_end_it(
     server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed = f"/quit now\n{'x' * 3000}\nThe capital?\n"
-    assert chat(monkeypatch, typed, "--url", server.url) == 0
+    assert chat(monkeypatch, typed, "--url", server.url) == 1  # a script must see that not all was answered
     out, err = capsys.readouterr()
     assert out.startswith("unknown command /quit; /reset")
     assert out.endswith("\nIt is Paris.\n")
@@ -125,6 +125,23 @@ def test_no_server_at_the_url_is_exit_code_1(
     err = capsys.readouterr().err
     assert err.startswith("servd: error: no server answers at http://127.0.0.1:1")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--url", "localhost:8000"], "--url is 'localhost:8000'; allowed: http://HOST:PORT"),
+        (["--url", "http://"], "--url is 'http://'"),
+        (["--url", "http://127.0.0.1:99999"], "--url is 'http://127.0.0.1:99999'"),
+        (["--url", "ftp://127.0.0.1"], "--url is 'ftp://127.0.0.1'"),
+        (["--url", "http://127.0.0.1:1", "some/model"], "MODEL some/model"),
+    ],
+)
+def test_what_is_no_server_is_told_and_not_tried(
+    argv: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert chat(monkeypatch, "Hi\n", *argv) == 2
+    assert named in capsys.readouterr().err
 
 
 def test_a_server_that_does_not_start_is_exit_code_1(

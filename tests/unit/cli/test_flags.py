@@ -10,9 +10,11 @@ import pytest
 
 from servd.cli import Parser, make_parser
 from servd.cli.flags import add_flags, help_text, read_flags
+from servd.cli.generate import read_sampling
 from servd.cli.serve import read_configs
 from servd.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, ServerConfig
 from servd.errors import ConfigError
+from servd.sampling_params import SamplingParams
 
 SECTIONS: list[type[Any]] = [ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig, ServerConfig]
 FIELDS = [(section, field) for section in SECTIONS for field in dataclasses.fields(section)]
@@ -136,4 +138,40 @@ def test_a_percent_sign_in_help_is_printed() -> None:
     )
     add_flags(parser, config)
     assert "50 % [default: 5]" in parser.format_help()
-    assert help_text(dataclasses.fields(config)[0]) == "50 %% [default: 5]"
+    assert help_text(dataclasses.fields(config)[0], 5) == "50 %% [default: 5]"
+
+
+def generate(*argv: str) -> argparse.Namespace:
+    return make_parser().parse_args(["generate", "--prompt", "x", *argv])
+
+
+def test_generate_shows_the_defaults_that_it_has_and_takes_no_flag_that_it_ignores(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        generate("--help")
+    shown = capsys.readouterr().out
+    assert "default: inproc" in shown
+    assert "default: multiproc" not in shown
+    assert read_flags(generate(), ParallelConfig).executor == "inproc"
+    for ignored in ("--served-model-name", "--max-num-queued-reqs", "--port"):
+        assert ignored not in shown
+        with pytest.raises(ConfigError, match=ignored):
+            generate(ignored, "1")
+
+
+def test_generate_samples_as_the_model_recommends_unless_told() -> None:
+    recommended = {"temperature": 0.2, "top_p": 0.9, "repetition_penalty": 1.1}
+    assert read_sampling(generate(), recommended) == SamplingParams(max_tokens=128, **recommended)
+    told = read_sampling(generate("--temperature", "0", "--top-k", "5", "--stop", "a"), recommended)
+    assert told == SamplingParams(
+        max_tokens=128, temperature=0.0, top_p=0.9, top_k=5, repetition_penalty=1.1, stop=("a",)
+    )
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "two words", "tab\there"])
+def test_an_api_key_that_no_header_can_carry_is_refused_without_repeating_it(key: str) -> None:
+    with pytest.raises(ConfigError, match="--api-key") as caught:
+        read_configs(serve("--api-key", key))
+    assert key not in caught.value.message

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -150,6 +153,39 @@ def test_progress_on_a_terminal_is_one_bar_a_stage(monkeypatch: pytest.MonkeyPat
 def test_a_model_that_does_not_exist_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "no-such-model", "--port", "0", "--grpc-port", "-1", "--executor", "nothing"]) == 2
     assert "nothing" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_traceback() -> None:
+    # The pipe's other end is closed before anything is written, as by `servd pull --list | true`.
+    code = (
+        "import os, sys\nfrom servd.cli import main\nread, write = os.pipe()\nos.close(read)\nos.dup2(write, 1)\n"
+        "sys.exit(main(['pull', '--list']))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=with_path())
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_ended_download_leaves_no_pip_behind(number: int, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as index:  # takes pip's call and never answers
+        index.settimeout(30)
+        url = f"http://127.0.0.1:{index.getsockname()[1]}/simple"
+        pip = {"PIP_INDEX_URL": url, "PIP_NO_INDEX": "", "PIP_FIND_LINKS": "", "NO_PROXY": "127.0.0.1"}
+        environment = with_path() | pip | {"SERVD_HOME": str(tmp_path)}
+        command = [sys.executable, "-m", "servd.cli", "pull", "smollm2-135m-instruct"]
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+            connection, _ = index.accept()
+            with connection:
+                connection.settimeout(20)
+                process.send_signal(number)
+                assert process.wait(20) == 128 + number
+                while connection.recv(4096):  # the request, then the end: pip, which held the connection, is gone
+                    pass
+    assert [path.name for path in (tmp_path / "models" / "smollm2-135m-instruct").iterdir()] == [".lock"]
+
+
+def with_path() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def test_config_error_is_flattened_to_one_line(

@@ -69,6 +69,23 @@ def test_sidecar_is_made_once_and_anew_when_the_file_changes(make_gguf: GGUFMake
     assert not list((home / "gguf").glob(".new-*"))
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "tensors.json"])
+def test_a_sidecar_that_lost_a_file_is_made_anew(make_gguf: GGUFMaker, home: Path, name: str) -> None:
+    path = make_gguf()
+    files = gguf_model_files(path)
+    before = {p.name: p.read_text() for p in files.folder.iterdir()}
+    (files.folder / name).unlink()
+    assert gguf_model_files(path) == files
+    assert {p.name: p.read_text() for p in files.folder.iterdir()} == before
+
+
+def test_a_home_that_cannot_hold_the_sidecar_is_named_and_not_the_model(make_gguf: GGUFMaker, home: Path) -> None:
+    path = make_gguf()
+    home.write_text("in the way")
+    with pytest.raises(ConfigError, match=f"^{home}/gguf cannot hold .*{path.name}: .*; set SERVD_HOME"):
+        gguf_model_files(path)
+
+
 @pytest.mark.parametrize(
     ("architecture", "hf_class"),
     [("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM"), ("llama", "LlamaForCausalLM")],

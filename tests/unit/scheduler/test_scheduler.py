@@ -246,26 +246,61 @@ def test_lost_steps_are_replayed_to_the_same_tokens(make_scheduler, make_request
         assert request.output_token_ids == expected_tokens(request.prompt_token_ids, 9)
 
 
-def test_the_request_that_kills_the_worker_is_run_alone_and_given_up(make_scheduler, make_request):
-    scheduler, worker = make_scheduler(), WorkerModel(4)
-    poison, *others = (make_request(name, 6, max_tokens=9) for name in ("poison", "a", "b"))
-    for request in (poison, *others):
-        scheduler.add(request)
-    given_up, deaths = [], 0
-    for _ in range(200):
+def run_with_poison(scheduler, kills, limit: int = 3000) -> tuple[int, list[str], int]:
+    """Run to the end on workers that die in steps for which `kills(plan)`: steps, who was given up, deaths."""
+    worker, given_up, deaths = WorkerModel(4), [], 0
+    for num_steps in range(limit):
         plan = scheduler.schedule()
         if plan is None:
-            break
-        if "poison" in plan.scheduled.request_ids:
+            assert not scheduler.has_work()
+            return num_steps, given_up, deaths
+        if kills(plan):
             deaths += 1
-            given_up += scheduler.recover(workers_lost=True)
+            given_up += [update.request.request_id for update in scheduler.recover(workers_lost=True)]
             worker = WorkerModel(4)
         else:
             scheduler.update_from_output(worker.execute(plan))
-    assert [update.request.request_id for update in given_up] == ["poison"]
-    assert deaths == 3
-    for request in others:
-        assert request.output_token_ids == expected_tokens(request.prompt_token_ids, 9)
+        scheduler.cache.check_integrity()
+    raise AssertionError("no end")
+
+
+@pytest.mark.parametrize("position", range(5))
+@pytest.mark.parametrize("in_decode_alone", [False, True])
+def test_the_request_that_kills_the_worker_is_given_up_and_the_others_go_on_together(
+    make_scheduler, make_request, position, in_decode_alone
+):
+    scheduler = make_scheduler(num_blocks=200)
+    names = ["a", "b", "c", "d"]
+    names.insert(position, "poison")
+    requests = {name: make_request(name, 6 + i, max_tokens=100) for i, name in enumerate(names)}
+    for request in requests.values():
+        scheduler.add(request)
+
+    def kills(plan) -> bool:
+        return "poison" in shares(plan) and (not in_decode_alone or shares(plan)["poison"] == 1)
+
+    num_steps, given_up, deaths = run_with_poison(scheduler, kills)
+    assert (given_up, deaths) == (["poison"], 3)
+    for name in "abcd":
+        assert requests[name].output_token_ids == expected_tokens(requests[name].prompt_token_ids, 100)
+    assert num_steps < 150  # one after the other they would take 400
+
+
+def test_a_suspect_has_its_steps_to_itself(make_scheduler, make_request):
+    scheduler = make_scheduler(max_num_batched_tokens=8)
+    for name in "ab":
+        scheduler.add(make_request(name, 10, max_tokens=10))
+    for _ in range(2):
+        scheduler.schedule()
+        scheduler.recover(workers_lost=True)  # of these steps, a is the only suspect
+    worker = WorkerModel(4)
+    seen = []
+    for _ in range(6):
+        plan = scheduler.schedule()
+        seen.append(shares(plan))
+        scheduler.update_from_output(worker.execute(plan))
+    assert seen == [{"a": 8}, {"a": 2}, {"a": 1}, {"a": 1, "b": 7}, {"a": 1, "b": 3}, {"a": 1, "b": 1}]
+    assert scheduler.num_preemptions == 2
 
 
 def test_a_full_cache_of_mixed_lengths_wastes_under_four_percent(make_scheduler, make_request):

@@ -5,34 +5,36 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from servd.cache.kv_cache_manager import KVCacheManager
+from servd.cache.prefix_hash import block_hash, root_hash
 from servd.config import SchedulerConfig
 from servd.request import FinishReason, Request
 from servd.sampling_params import SamplingParams
 from servd.scheduler.scheduler import Scheduler
 from tests.unit.scheduler.conftest import WorkerModel, expected_tokens
 
-BLOCK = 4
-
 
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
-        num_blocks=st.integers(12, 40),
+        num_tokens=st.integers(44, 160),
+        block=st.sampled_from([1, 4, 16, 256]),
+        max_num_seqs=st.sampled_from([1, 6]),
         policy=st.sampled_from(["fcfs", "priority"]),
         budget=st.integers(6, 40),
         caching=st.booleans(),
         threshold=st.sampled_from([0, 5]),
     )
-    def start(self, num_blocks, policy, budget, caching, threshold):
+    def start(self, num_tokens, block, max_num_seqs, policy, budget, caching, threshold):
+        num_blocks = -(-num_tokens // block) + 1  # of 256 tokens, just one that can be used
         config = SchedulerConfig(
-            max_num_seqs=6, max_num_batched_tokens=budget, scheduling_policy=policy,
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, scheduling_policy=policy,
             long_prefill_token_threshold=threshold,
         )  # fmt: skip
-        self.scheduler = Scheduler(config, KVCacheManager(num_blocks, BLOCK, enable_prefix_caching=caching))
-        self.worker = WorkerModel(BLOCK)
+        self.scheduler = Scheduler(config, KVCacheManager(num_blocks, block, enable_prefix_caching=caching))
+        self.worker = WorkerModel(block)
         self.results = []
         self.everyone: dict[str, Request] = {}
         self.ended: dict[str, FinishReason] = {}
-        self.longest = (num_blocks - 1) * BLOCK
+        self.longest = min((num_blocks - 1) * block, num_tokens)
 
     @rule(
         kind=st.integers(0, 2), length=st.integers(1, 30), max_tokens=st.integers(0, 12), n=st.integers(1, 3),
@@ -57,7 +59,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         plan = self.scheduler.schedule()
         if plan is not None:
             assert plan.num_tokens <= self.scheduler.config.max_num_batched_tokens
-            assert len(set(plan.scheduled.request_ids)) == len(plan.scheduled.request_ids) <= 6
+            assert len(set(plan.scheduled.request_ids)) == len(plan.scheduled.request_ids)
+            assert len(plan.scheduled.request_ids) <= self.scheduler.config.max_num_seqs
+            sources, destinations = {pair[0] for pair in plan.block_copies}, [pair[1] for pair in plan.block_copies]
+            assert len(set(destinations)) == len(destinations), "two copies into one block"
+            assert not sources & set(destinations), "the order of the copies would matter"
             self.results.append(self.worker.execute(plan))
 
     @precondition(lambda self: self.results)
@@ -86,7 +92,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         for update in self.scheduler.recover(workers_lost=lost):
             self.ended[update.request.request_id] = update.finish_reason
         if lost:
-            self.worker = WorkerModel(BLOCK)
+            self.worker = WorkerModel(self.worker.block_size)
+
+    @invariant()
+    def what_is_findable_was_written(self):
+        size = self.worker.block_size
+        for block in self.scheduler.cache.pool.blocks:
+            if block.block_hash is not None:
+                tokens, found = self.worker.memory[block.block_id, size - 1], root_hash("")
+                for begin in range(0, len(tokens), size):
+                    found = block_hash(found, list(tokens[begin : begin + size]))
+                assert found == block.block_hash, f"{block} holds {tokens}"
 
     @invariant()
     def consistent(self):

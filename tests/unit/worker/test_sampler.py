@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from servd.outputs import NewRequestData
 from servd.sampling_params import SamplingParams
-from servd.worker import sampler as sampler_module
+from servd.worker import ranking
 from servd.worker.philox import uniform
 from servd.worker.sampler import Sampler, SamplerOutput
 from servd.worker.sampling_metadata import SamplingMetadata, SamplingRows
@@ -146,13 +146,26 @@ def test_a_mixed_batch_gives_the_references_tokens() -> None:
     assert sample(rows).token_ids.tolist() == [reference_token(row) for row in rows]
 
 
-@pytest.mark.parametrize("options", [{"top_k": 50}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.9}, {"top_k": 200}])
-@pytest.mark.parametrize("candidates", [1, 8, 60, 1024])
-def test_the_number_of_candidates_changes_no_token(
-    options: dict[str, Any], candidates: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 50},
+        {"top_k": 200},
+        {"top_p": 0.9},
+        {"min_p": 0.02},
+        {"top_k": 50, "top_p": 0.9},
+        {"top_k": 200, "top_p": 0.9, "min_p": 0.02},
+        {"top_k": 200, "min_p": 0.3},
+        {"top_p": 0.99, "min_p": 0.05},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("reach", [(), (0,), (1, 3), (30,)], ids=str)
+def test_where_the_search_for_the_nucleus_begins_changes_no_token(
+    options: dict[str, Any], reach: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [Row(make_logits(i, 300), seed=i, temperature=3.0, **options) for i in range(60)]
-    monkeypatch.setattr(sampler_module, "NUM_CANDIDATES", candidates)
+    monkeypatch.setattr(ranking, "_REACH", reach)
     assert sample(rows).token_ids.tolist() == [reference_token(row) for row in rows]
 
 

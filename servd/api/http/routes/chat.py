@@ -32,6 +32,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     service.check_model(body.model)
     body.check()
     params = body.to_sampling_params(service.engine.tokenizer.vocab_size, service.engine.sampling_defaults)
+    service.engine.check_room(params.n)
     token_ids = await service.encode_chat(
         template_messages(body.messages),
         add_generation_prompt=body.add_generation_prompt,

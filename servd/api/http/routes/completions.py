@@ -33,13 +33,14 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     service.check_model(body.model)
     body.check()
     params = body.to_sampling_params(service.engine.tokenizer.vocab_size, service.engine.sampling_defaults)
+    service.engine.check_room(params.n)
     prompts = body.prompts()
     names = ["prompt"] if len(prompts) == 1 else [f"prompt[{i}]" for i in range(len(prompts))]
     token_ids = [
         await _encode(service, prompt, name, add_special_tokens=body.add_special_tokens)
         for prompt, name in zip(prompts, names, strict=True)
     ]
-    choices = _Choices(service, body, params, token_ids, await _echoed_texts(service, body, prompts))
+    choices = _Choices(service, body, params, prompts, token_ids, await _echoed_texts(service, body, prompts))
     request_id = service.new_request_id("cmpl")
     streams = await start_streams(request, body, token_ids, params, request_id, names)
     head: dict[str, object] = {
@@ -90,23 +91,32 @@ class _Choices:
         service: InferenceService,
         body: CompletionRequest,
         params: SamplingParams,
-        prompts: list[list[int]],
+        prompts: list[str | list[int]],
+        token_ids: list[list[int]],
         echoed: list[str],
     ) -> None:
         self._tokenizer = service.engine.tokenizer
         self._body = body
         self._n = params.n
-        self._prompts = prompts
+        self._prompts = token_ids
         self._echoed = echoed
         self._begun: set[int] = set()
         self._shared_prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}  # by prompt
+        # A prompt of text is echoed as it was written, with its special tokens, without what the tokenizer put before.
+        self._hides_first = [
+            isinstance(prompt, str) and not prompt.startswith(self._tokenizer.token_text(ids[0]))
+            and ids[0] in self._tokenizer.special_token_ids
+            for prompt, ids in zip(prompts, token_ids, strict=True)
+        ]  # fmt: skip
         self._logprobs = [
             CompletionLogprobs(
                 self._tokenizer,
                 body.logprobs or 0,
-                Detokenizer(self._tokenizer, body.skip_special_tokens, continues_text=not body.echo),
+                Detokenizer(self._tokenizer, body.skip_special_tokens and not isinstance(prompt, str)),
+                Detokenizer(self._tokenizer, body.skip_special_tokens, continues_text=True),
             )
-            for _ in range(len(prompts) * params.n)
+            for prompt in prompts
+            for _ in range(params.n)
         ]
 
     def whole(self, index: int, answer: Answer) -> dict[str, Any]:
@@ -165,9 +175,12 @@ class _Choices:
     ) -> dict[str, Any]:
         shown: dict[str, Any] | None = None
         if self._body.logprobs is not None:
-            echoed = prompt_logprobs if self._body.echo else []
+            prompt = index // self._n
             shown = self._logprobs[index].as_dict(
-                [*echoed, *logprobs], first_token_id=self._prompts[index // self._n][0]
+                prompt_logprobs if self._body.echo else [],
+                logprobs,
+                first_token_id=self._prompts[prompt][0],
+                hides_first=self._hides_first[prompt],
             )
         return {"index": index, "text": text, "logprobs": shown}
 

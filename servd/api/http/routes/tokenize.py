@@ -50,7 +50,7 @@ async def tokenize(request: web.Request) -> web.Response:
         )
     else:
         token_ids = await service.tokenize(body.prompt or "", add_special_tokens=body.add_special_tokens)
-    texts = [service.engine.tokenizer.token_text(i) for i in token_ids] if body.return_token_strs else None
+    texts = await service.token_texts(token_ids) if body.return_token_strs else None
     return json_reply(
         {
             "count": len(token_ids),
