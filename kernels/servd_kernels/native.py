@@ -78,7 +78,7 @@ def missing_reason() -> str | None:
     """Why there are no native kernels, with the remedy; None if there are."""
     if library() is not None:
         return None
-    return f"the compiled kernels are missing: {build.COMPILER_HELP}, then python -m servd_kernels.build"
+    return f"the compiled kernels are missing: {build.COMPILER_HELP}, then start again"
 
 
 def unsupported(device: str, dtype: torch.dtype) -> str | None:

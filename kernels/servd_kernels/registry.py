@@ -1,7 +1,6 @@
 """Owns the choice of a backend for an op: what exists, what can run here, what was asked for.
 Does not know any op or backend by name beyond the order of preference: it lists the folders."""
 
-import functools
 import importlib
 import logging
 import os
@@ -95,6 +94,11 @@ class Op:
         return run
 
 
-@functools.cache
+_logged_reasons: set[str] = set()
+
+
 def _log_fallback(op: str, reasons: str) -> None:
-    logger.warning("%s runs on its slow reference (%s)", op, reasons)
+    """Say it once a reason: without a compiler it is the same for every op."""
+    if reasons not in _logged_reasons:
+        _logged_reasons.add(reasons)
+        logger.warning("%s runs on its slow reference, as does any op that has this reason (%s)", op, reasons)

@@ -80,7 +80,9 @@ async def run_server(
         )
         if not await _stopped_before(stop, engine.wait_dead()):
             raise EngineUnavailableError("the engine failed for good; the log above says why")
-        logger.info("shutting down: running requests get %g s", server_config.shutdown_grace)
+        logger.info(
+            "shutting down: running requests get %g s; a second signal ends it at once", server_config.shutdown_grace
+        )
         if grpc_server is not None:
             await grpc_server.report_not_serving()
         await engine.drain(server_config.shutdown_grace)
@@ -95,7 +97,10 @@ def _stop_on_signals() -> asyncio.Event:
             os._exit(128 + number)  # workers end by themselves when this process is gone
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a closed terminal; under nohup it stays ignored
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         loop.add_signal_handler(number, handle, number)
     return stop
 

@@ -123,7 +123,7 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(tmp_path: Pat
     live(tmp_path, test, step_delay=0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_an_idle_server_ends_at_once(number: signal.Signals, tmp_path: Path) -> None:
     async def test(life: Life) -> None:
         ready = await life.ready

@@ -49,13 +49,28 @@ def test_explicit_choice_that_cannot_run_says_why() -> None:
 
 
 def test_automatic_choice_falls_back_once_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
-    registry._log_fallback.cache_clear()
+    registry._logged_reasons.clear()
     with caplog.at_level(logging.WARNING):
         runs = [Op("paged_attention").bind(head_dim=12) for _ in range(2)]
+        Op("paged_attention").bind(head_dim=20)
     assert [run.__module__.rpartition(".")[2] for run in runs] == ["reference"] * 2
-    assert [record.message for record in caplog.records if "head_dim" in record.message] == [
-        "paged_attention runs on its slow reference (cpu: head_dim must be a multiple of 8 up to 256, not 12)"
+    told = [record.message for record in caplog.records if "head_dim" in record.message]
+    assert [message.partition("(")[2] for message in told] == [
+        "cpu: head_dim must be a multiple of 8 up to 256, not 12)",
+        "cpu: head_dim must be a multiple of 8 up to 256, not 20)",
     ]
+    assert all(message.startswith("paged_attention runs on its slow reference") for message in told)
+
+
+def test_without_a_library_one_line_speaks_for_all_ops(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry._logged_reasons.clear()
+    monkeypatch.setattr(native, "library", lambda: None)
+    with caplog.at_level(logging.WARNING):
+        for name in ("rms_norm", "linear", "silu_and_mul"):
+            Op(name).bind()
+    assert len([record for record in caplog.records if "slow reference" in record.message]) == 1
 
 
 def test_environment_forces_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
