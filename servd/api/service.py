@@ -13,7 +13,7 @@ from typing import Any
 
 from servd.engine.async_engine import AsyncEngine, EngineStats
 from servd.engine.result_stream import ResultStream
-from servd.errors import InvalidRequestError, NotFoundError, UnsupportedError
+from servd.errors import InvalidRequestError, NotFoundError
 from servd.sampling_params import SamplingParams
 
 MAX_TOKENIZE_CHARS = 1 << 20  # of a text that need not fit the context
@@ -96,12 +96,6 @@ class InferenceService:
         closing it aborts what is unfinished. `timeout` in seconds. Raises InvalidRequestError, OverloadedError,
         EngineUnavailableError; what fails later arrives as an output with `error` set.
         """
-        policy = self.engine.config.scheduler.scheduling_policy
-        if priority and policy == "fcfs":
-            raise UnsupportedError(
-                f"priority is {priority}; allowed: 0, unless the server runs with --scheduling-policy priority",
-                param="priority",
-            )
         return self.engine.generate(
             prompt_token_ids, params, request_id=request_id, priority=priority, timeout=timeout,
             cache_salt=cache_salt, prompt_param=prompt_param,

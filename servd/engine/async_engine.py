@@ -28,6 +28,7 @@ from servd.errors import (
     InvalidRequestError,
     OverloadedError,
     ServdError,
+    UnsupportedError,
 )
 from servd.executor.base import EXECUTORS, Executor, ProgressCallback
 from servd.hub import ModelFiles
@@ -224,6 +225,11 @@ class AsyncEngine:
         self.inputs.check(len(prompt_token_ids), params, prompt_param=prompt_param)
         self.inputs.check_token_ids(prompt_token_ids, prompt_param)
         self.inputs.check_request_id(request_id)
+        if priority and not core.scheduler.policy.uses_priority:
+            raise UnsupportedError(
+                f"priority is {priority}; allowed: 0, unless the server runs with --scheduling-policy priority",
+                param="priority",
+            )
         self.check_room(params.n)
         if not prompt_token_ids:
             raise InvalidRequestError(f"{prompt_param} is empty; allowed: at least one token", param=prompt_param)

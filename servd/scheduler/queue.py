@@ -8,14 +8,14 @@ from operator import itemgetter
 from typing import Any
 
 from servd.request import Request
-from servd.scheduler.policies import PolicyKey
+from servd.scheduler.policies import Policy
 
 
 class RequestQueue:
     """A sorted list under the policy's key; ties go by insertion. Holds a few thousand requests at most."""
 
-    def __init__(self, policy: PolicyKey) -> None:
-        self._policy = policy
+    def __init__(self, policy: Policy) -> None:
+        self._key = policy.key
         self._count = 0
         self._entries: list[tuple[tuple[Any, ...], int, Request]] = []
 
@@ -29,7 +29,7 @@ class RequestQueue:
     def add(self, request: Request) -> None:
         """Insert at the request's place."""
         self._count += 1
-        insort(self._entries, (self._policy(request), self._count, request), key=itemgetter(0, 1))
+        insort(self._entries, (self._key(request), self._count, request), key=itemgetter(0, 1))
 
     def remove(self, request: Request) -> None:
         """Take a request out. It must be in the queue."""

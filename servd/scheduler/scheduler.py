@@ -88,10 +88,10 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, cache: KVCacheManager) -> None:
         self.config = config
         self.cache = cache
-        policy = POLICIES.get(config.scheduling_policy)
+        self.policy = POLICIES.get(config.scheduling_policy)
         self.requests: dict[str, Request] = {}
-        self.waiting = RequestQueue(policy)
-        self.running = RequestQueue(policy)
+        self.waiting = RequestQueue(self.policy)
+        self.running = RequestQueue(self.policy)
         self.num_preemptions = 0
         self._dropped: list[str] = []  # request ids the workers must forget with the next plan
         self._inflight: dict[int, list[_Share]] = {}

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from servd.request import Request
-from servd.scheduler.policies import POLICIES
+from servd.scheduler.policies import POLICIES, Policy
 
-
-@POLICIES.register("fcfs")
-def fcfs(request: Request) -> tuple[float]:
-    """Order by arrival."""
-    return (request.arrival_time,)
+POLICIES.register("fcfs")(Policy(lambda request: (request.arrival_time,), uses_priority=False))

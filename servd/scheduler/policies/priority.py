@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from servd.request import Request
-from servd.scheduler.policies import POLICIES
+from servd.scheduler.policies import POLICIES, Policy
 
-
-@POLICIES.register("priority")
-def priority(request: Request) -> tuple[int, float]:
-    """Order by the client's priority, then by arrival."""
-    return (request.priority, request.arrival_time)
+POLICIES.register("priority")(
+    Policy(lambda request: (request.priority, request.arrival_time), uses_priority=True)
+)
