@@ -37,7 +37,7 @@ class Request:
     """
 
     __slots__ = (
-        "arrival_time", "cache_salt", "deadline", "eos_token_ids", "finish_reason", "first_scheduled_time",
+        "arrival_time", "cache_salt", "eos_token_ids", "finish_reason", "first_scheduled_time",
         "max_total_tokens", "num_cached_tokens", "num_computed_tokens", "num_inflight_steps", "num_inflight_tokens",
         "num_output_tokens_at_death", "num_preemptions", "num_worker_deaths", "output_token_ids", "parent_id",
         "priority", "prompt_token_ids", "request_id", "sampling_params", "seed", "status",
@@ -52,7 +52,6 @@ class Request:
         seed: int = 0,
         eos_token_ids: frozenset[int] = frozenset(),
         max_model_len: int,
-        deadline: float | None = None,
         priority: int = 0,
         parent_id: str | None = None,
         cache_salt: str = "",
@@ -63,7 +62,6 @@ class Request:
         self.seed = seed
         self.eos_token_ids = eos_token_ids
         self.arrival_time = time.monotonic()
-        self.deadline = deadline  # time.monotonic() seconds
         self.priority = priority  # lower runs first
         self.parent_id = parent_id  # fork from this request's blocks once its prompt is computed
         self.cache_salt = cache_salt
