@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 PACKAGE = Path(__file__).resolve().parent
 LIBRARY = PACKAGE / "_lib" / "libservd_kernels.so"
 FINGERPRINT = LIBRARY.with_suffix(".sha256")
+OBJECTS = LIBRARY.parent / "objects"  # compiled files, by the hash of all they are made from
 
 # Best first: the order of the automatic choice. A wheel moves between machines: never -march=native.
 ISA_FLAGS: dict[str, list[str]] = {
@@ -104,22 +105,40 @@ def compile_library() -> Path | None:
 
 
 def _build(compiler: str, folder: Path) -> Path:
-    jobs: list[list[str]] = []
-    objects: list[str] = []
+    OBJECTS.mkdir(exist_ok=True)
+    jobs: dict[Path, list[str]] = {}
     for source in sources():
         # What lies in common/ is compiled once; an op's file once for each instruction set.
         is_common = source.parent.name == "common"
         for isa in ["portable"] if is_common else isas():
-            target = str(folder / f"{source.parent.name}_{source.stem}_{isa}.o")
-            flags = [*CXX_FLAGS, f"-DSERVD_ISA={isa}", *ISA_FLAGS[isa]]
-            jobs.append([compiler, *flags, "-c", str(source), "-o", target])
-            objects.append(target)
+            command = [compiler, *CXX_FLAGS, f"-DSERVD_ISA={isa}", *ISA_FLAGS[isa], "-c", str(source)]
+            name = f"{source.parent.name}_{source.stem}_{isa}"
+            jobs[OBJECTS / f"{name}_{_object_hash(source, command)}.o"] = command
     with ThreadPoolExecutor(os.cpu_count()) as executor:
-        list(executor.map(_run, jobs))
+        list(executor.map(lambda target: _compile_object(jobs[target], target, folder), jobs))
+    for stale in set(OBJECTS.iterdir()) - jobs.keys():
+        stale.unlink()
     library = folder / LIBRARY.name
     strip = ["-Wl,--as-needed,-s"] if sys.platform == "linux" else []
-    _run([compiler, "-shared", "-pthread", *objects, *strip, "-o", str(library)])
+    _run([compiler, "-shared", "-pthread", *map(str, jobs), *strip, "-o", str(library)])
     return library
+
+
+def _object_hash(source: Path, command: list[str]) -> str:
+    """Of the command, the source, and every header that it can see: those beside it and those in common/."""
+    digest = hashlib.sha256(" ".join(command).encode())
+    headers = {*source.parent.glob("*.hpp"), *(PACKAGE / "common").glob("*.hpp")}
+    for path in [source, *sorted(headers)]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile_object(command: list[str], target: Path, folder: Path) -> None:
+    if target.exists():
+        return
+    built = folder / target.name
+    _run([*command, "-o", str(built)])
+    os.replace(built, target)
 
 
 def _run(command: list[str]) -> None:
