@@ -1,4 +1,4 @@
-"""Owns the check of strides that the ops' public functions share.
+"""Owns what the ops share about strides: the check of the last one, and rows as two dimensions.
 Does not know shapes or dtypes: those are each op's own."""
 
 import torch
@@ -12,3 +12,14 @@ def check_last_stride(**tensors: torch.Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dim() > 0 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{name} must have stride 1 in its last dimension, not {list(tensor.stride())}")
+
+
+def outer_inner(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:
+    """x [..., width], or a copy that a kernel can walk, and its rows as [outer, inner] with their strides."""
+    if x.dim() > 3 or x.stride(-1) != 1:
+        x = x.contiguous().view(-1, x.shape[-1])
+    if x.dim() == 2:
+        return x, x.shape[0], 1, x.stride(0), 0
+    if x.dim() == 3:
+        return x, x.shape[0], x.shape[1], x.stride(0), x.stride(1)
+    return x, 1, 1, 0, 0

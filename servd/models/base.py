@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
+from servd_kernels.kv_format import KVFormat
 from torch import Tensor
 
+from servd.attention.kv_dtype import KVCacheDtype
 from servd.attention.metadata import AttentionMetadata
 from servd.layers.base import Layer, LayerContext, WeightSlot
 from servd.registry import Registry
@@ -41,6 +43,13 @@ class Model(ABC):
     @abstractmethod
     def layers(self) -> Iterable[Layer]:
         """Every layer that owns weights, in the order in which they are finished after loading."""
+
+    @abstractmethod
+    def bind_kv_cache(self, kv_dtype: KVCacheDtype) -> list[KVFormat]:
+        """Choose how keys and values are stored; before the first `forward`. Returns each layer's layout on this rank.
+
+        Raises ConfigError for a storage type that these heads cannot have.
+        """
 
     @abstractmethod
     def forward(

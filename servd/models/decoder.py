@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from servd_kernels.kv_format import KVFormat
 from torch import Tensor
 
+from servd.attention.kv_dtype import KVCacheDtype
 from servd.attention.layer import Attention
 from servd.attention.metadata import AttentionMetadata
 from servd.errors import ConfigError
@@ -121,7 +123,7 @@ class _SelfAttention:
             RMSNorm(context, f"{prefix}.{name}", config.head_dim, config.rms_norm_eps) if config.qk_norm else None
             for name in ("q_norm", "k_norm")
         )
-        self._attention = Attention(
+        self.attention = Attention(
             dtype=context.dtype,
             device=context.device,
             num_heads=self._heads,
@@ -146,7 +148,7 @@ class _SelfAttention:
         q, k, v = qkv[:, : self._heads], qkv[:, self._heads : self._key_end], qkv[:, self._key_end :]
         if self._q_norm is not None and self._k_norm is not None:
             q, k = self._q_norm(q), self._k_norm(k)
-        output = self._attention(q, k, v, positions, attention, kv_cache)
+        output = self.attention(q, k, v, positions, attention, kv_cache)
         return self._o_proj(output.view(num_tokens, -1))
 
 
@@ -236,6 +238,14 @@ class DecoderModel(Model):
     @abstractmethod
     def read_config(cls, config: Mapping[str, Any]) -> DecoderConfig:
         """The family's reading of config.json. Raises ConfigError."""
+
+    def bind_kv_cache(self, kv_dtype: KVCacheDtype) -> list[KVFormat]:
+        formats = []
+        for index, layer in enumerate(self._layers):
+            attention = layer.self_attention.attention
+            formats.append(kv_dtype.format(index, self.num_kv_heads, self.head_dim, self.dtype))
+            attention.bind_kv_cache(formats[-1])
+        return formats
 
     def layers(self) -> Iterable[Layer]:
         yield from (self._rotary, self._embed_tokens)

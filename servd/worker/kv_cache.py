@@ -1,6 +1,6 @@
 """The worker's KV memory: how many blocks fit, their tensors, and copies between them.
 
-Knows nothing of which request has which block, nor of how a KV dtype lays a block out.
+Knows nothing of which request has which block, nor of how a block is laid out.
 """
 
 from __future__ import annotations
@@ -9,22 +9,23 @@ from collections.abc import Sequence
 
 import torch
 from servd_kernels.copy_blocks import OP as COPY_BLOCKS
-from torch import Tensor
+from servd_kernels.kv_format import KVFormat
 
 from servd.errors import ConfigError
-from servd.kv_dtypes.base import KVDtype
 
 
 class PagedKVCache:
     """KV blocks of all layers. Block 0 is the null block; what no request has written is undefined and never read."""
 
-    def __init__(self, kv_dtype: KVDtype, num_blocks: int) -> None:
-        self.block_size = kv_dtype.spec.block_size
-        self.block_bytes = kv_dtype.block_bytes
+    def __init__(self, formats: Sequence[KVFormat], num_blocks: int, device: torch.device) -> None:
+        """`formats`: of each layer; all of one block size."""
+        self.block_size = formats[0].block_size
+        self.block_bytes = sum(kv_format.block_bytes for kv_format in formats)
         self.num_blocks = num_blocks
-        self.layers: list[Tensor] = kv_dtype.allocate(num_blocks)  # a tensor a layer, first axis [num_blocks]
-        self._device = kv_dtype.spec.device
-        self._copy = COPY_BLOCKS.bind(device=self._device.type, dtype=self.layers[0].dtype)
+        # Not zeroed: pages that no request ever touches then cost no memory, and start-up no time.
+        self.layers = [kv_format.allocate(num_blocks, device) for kv_format in formats]  # [num_blocks, block_bytes]
+        self._device = device
+        self._copy = COPY_BLOCKS.bind(device=device.type, dtype=torch.uint8)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, (source, destination), in every layer."""

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from servd_kernels import native
+from servd_kernels.kv_format import KVFormat
 from servd_kernels.paged_attention import OP as PAGED_ATTENTION
 from torch import Tensor
 
+from servd.attention.kv_dtype import KVCacheDtype
 from servd.attention.metadata import AttentionMetadata
 from servd.config import EngineConfig, default_cpu_kv_memory
 from servd.errors import ConfigError
-from servd.kv_dtypes.base import KV_DTYPES, KVCacheSpec, KVDtype
 from servd.models.base import Model
 from servd.models.loader import Progress, load_model
 from servd.outputs import ModelRunnerOutput, SchedulerOutput, WorkerInfo
@@ -44,24 +45,17 @@ class Worker:
             # few small operations would only take them away.
             torch.set_num_threads(1)
         self.max_model_len = _max_model_len(config.model.max_model_len, self.model)
-        spec = KVCacheSpec(
-            num_layers=self.model.num_layers,
-            num_kv_heads=self.model.num_kv_heads,
-            head_dim=self.model.head_dim,
-            block_size=config.cache.block_size,
-            dtype=self.model.dtype,
-            device=self.device,
-        )
-        kv_dtype = KV_DTYPES.get(config.cache.kv_cache_dtype)(spec)
+        storage = config.cache.kv_cache_dtype
+        self._formats = self.model.bind_kv_cache(KVCacheDtype(storage, storage, config.cache.block_size))
         max_num_seqs = config.scheduler.max_num_seqs
         num_blocks = num_blocks_for(
-            self._kv_memory(config, kv_dtype),
-            kv_dtype.block_bytes,
-            block_size=spec.block_size,
+            self._kv_memory(config),
+            sum(kv_format.block_bytes for kv_format in self._formats),
+            block_size=config.cache.block_size,
             max_model_len=self.max_model_len,
             max_num_seqs=max_num_seqs,
         )
-        self.kv_cache = PagedKVCache(kv_dtype, num_blocks)
+        self.kv_cache = PagedKVCache(self._formats, num_blocks, self.device)
         self.runner = ModelRunner(
             self.model,
             self.kv_cache,
@@ -77,20 +71,20 @@ class Worker:
             dtype=str(self.model.dtype).removeprefix("torch."),
             num_blocks=self.kv_cache.num_blocks,
             block_bytes=self.kv_cache.block_bytes,
-            kernel_backend=kernel_backend(self.device, self.model.dtype),
+            kernel_backend=kernel_backend(self.device, self.model.dtype, self._formats[0]),
         )
 
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
         """Run one step; see ModelRunner.execute."""
         return self.runner.execute(plan)
 
-    def _kv_memory(self, config: EngineConfig, kv_dtype: KVDtype) -> int:
+    def _kv_memory(self, config: EngineConfig) -> int:
         """Bytes for KV blocks: as asked, else by the rule of the device."""
         if config.cache.kv_cache_memory is not None:
             return config.cache.kv_cache_memory
         if self.device.type == "cpu":
             return default_cpu_kv_memory()
-        return _free_gpu_memory(config, self.model, kv_dtype)
+        return _free_gpu_memory(config, self.model, self._formats)
 
 
 def choose_device(name: str) -> torch.device:
@@ -110,10 +104,10 @@ def set_threads(threads: int | None) -> None:
     native.set_num_threads(threads)
 
 
-def kernel_backend(device: torch.device, dtype: torch.dtype) -> str:
+def kernel_backend(device: torch.device, dtype: torch.dtype, kv_format: KVFormat) -> str:
     """Which kernels serve this device, e.g. 'cpu (avx512)', judged by paged attention."""
     for name in PAGED_ATTENTION.backends():
-        if PAGED_ATTENTION.reason_against(name, device.type, dtype) is None:
+        if PAGED_ATTENTION.reason_against(name, device.type, dtype, kv_format=kv_format) is None:
             library = native.library() if name == "cpu" else None
             return f"{name} ({library.isa})" if library else name
     return "none"
@@ -127,11 +121,11 @@ def _max_model_len(asked: int | None, model: Model) -> int:
 
 
 @torch.inference_mode()
-def _free_gpu_memory(config: EngineConfig, model: Model, kv_dtype: KVDtype) -> int:
+def _free_gpu_memory(config: EngineConfig, model: Model, formats: list[KVFormat]) -> int:
     """Bytes left for KV blocks in this process's share of the card, after the largest step has run once."""
-    device = kv_dtype.spec.device
+    device = model.device
     torch.cuda.reset_peak_memory_stats(device)
-    layers = kv_dtype.allocate(1)
+    layers = [kv_format.allocate(1, device) for kv_format in formats]
     num_tokens = config.scheduler.max_num_batched_tokens
 
     def ints(count: int, value: int, dtype: torch.dtype) -> Tensor:

@@ -1,13 +1,16 @@
 """Owns the fixtures that run a test on every backend, and on every instruction set of the native one.
 Does not know any op."""
 
+import os
 from collections.abc import Iterator
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined; without a GPU its interpreter is the test
 
 import pytest
 import torch
 from servd_kernels import native
 
-VARIANTS = ["reference", *(f"cpu-{isa}" for isa in native.isas())]
+VARIANTS = ["reference", "triton", *(f"cpu-{isa}" for isa in native.isas())]
 
 
 @pytest.fixture(autouse=True, scope="package")

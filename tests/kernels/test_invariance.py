@@ -9,7 +9,7 @@ import torch
 from servd_kernels import native
 from servd_kernels.linear import linear, pack
 from servd_kernels.linear import reference as linear_reference
-from servd_kernels.paged_attention import paged_attention
+from servd_kernels.paged_attention import AttentionOptions, paged_attention
 from servd_kernels.paged_attention import reference as attention_reference
 from servd_kernels.rms_norm import rms_norm
 from servd_kernels.silu_and_mul import silu_and_mul
@@ -74,7 +74,7 @@ def slice_request(inputs: dict[str, Any], request: int, begin: int, end: int) ->
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_chunking(backend: str, dtype: torch.dtype, window: int) -> None:
     inputs = attention_reference.make_inputs(
-        [1, 70, 23], [50, 640, 23], 6, 2, 40, block_size=8, dtype=dtype, sliding_window=window
+        [1, 70, 23], [50, 640, 23], 6, 2, 40, block_size=8, dtype=dtype, options=AttentionOptions(sliding_window=window)
     )
     whole = paged_attention(**inputs, backend=backend)
     starts = inputs["cu_seqlens_q"].tolist()

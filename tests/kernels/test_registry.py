@@ -13,10 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from servd_kernels import Op, build, native, op_names, registry
+from servd_kernels.kv_format import KVFormat
 from servd_kernels.linear import linear, pack
 
 OPS = ["copy_blocks", "linear", "paged_attention", "rms_norm", "rope_and_cache", "silu_and_mul"]
 KERNELS = Path(build.__file__).parent.parent
+
+
+def heads_of(head_dim: int) -> KVFormat:
+    return KVFormat("float32", "float32", 1, head_dim, 16)
 
 
 def test_ops_are_the_folders() -> None:
@@ -44,20 +49,20 @@ def test_unknown_backend_names_the_known() -> None:
 
 
 def test_explicit_choice_that_cannot_run_says_why() -> None:
-    with pytest.raises(ValueError, match=r"head_dim must be a multiple of 8 up to 256, not 12"):
-        Op("paged_attention").bind(backend="cpu", head_dim=12)
+    with pytest.raises(ValueError, match=r"head_dim must be at most 256, not 512"):
+        Op("paged_attention").bind(backend="cpu", kv_format=heads_of(512))
 
 
 def test_automatic_choice_falls_back_once_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
     registry._logged_reasons.clear()
     with caplog.at_level(logging.WARNING):
-        runs = [Op("paged_attention").bind(head_dim=12) for _ in range(2)]
-        Op("paged_attention").bind(head_dim=20)
+        runs = [Op("paged_attention").bind(kv_format=heads_of(512)) for _ in range(2)]
+        Op("paged_attention").bind(kv_format=heads_of(264))
     assert [run.__module__.rpartition(".")[2] for run in runs] == ["reference"] * 2
     told = [record.message for record in caplog.records if "head_dim" in record.message]
     assert [message.partition("(")[2] for message in told] == [
-        "cpu: head_dim must be a multiple of 8 up to 256, not 12)",
-        "cpu: head_dim must be a multiple of 8 up to 256, not 20)",
+        "cpu: head_dim must be at most 256, not 512)",
+        "cpu: head_dim must be at most 256, not 264)",
     ]
     assert all(message.startswith("paged_attention runs on its slow reference") for message in told)
 

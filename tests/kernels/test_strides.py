@@ -37,12 +37,12 @@ OPS: list[tuple[Callable[..., Any], Callable[[], dict[str, Any]], list[str]]] = 
     (
         paged_attention,
         lambda: attention_reference.make_inputs([3, 1], [9, 40], 4, 2, 16),
-        ["q", "kv_cache", "cu_seqlens_q", "seq_lens"],
+        ["q", "cu_seqlens_q", "seq_lens"],
     ),
     (
         rope_and_cache,
         lambda: rope_reference.make_inputs(5, 3, 1, 16),
-        ["q", "k", "v", "positions", "cos_sin", "slot_mapping", "kv_cache"],
+        ["q", "k", "v", "positions", "cos_sin", "slot_mapping"],
     ),
 ]
 CASES = [(run, make_inputs, name) for run, make_inputs, names in OPS for name in names]

@@ -17,11 +17,10 @@ import gguf
 import torch
 from torch import Tensor
 
+from servd.attention.kv_dtype import KVCacheDtype
 from servd.attention.metadata import AttentionMetadata
 from servd.distributed.group import TPGroup
 from servd.hub.files import ModelFiles
-from servd.kv_dtypes.auto import AutoKVDtype
-from servd.kv_dtypes.base import KVCacheSpec
 from servd.models.base import Model
 
 DIMENSIONS = {
@@ -85,15 +84,8 @@ class PagedDriver:
     def __init__(self, model: Model, *, block_size: int = 4, num_blocks: int = 64, seed: int = 0) -> None:
         self.model = model
         self.block_size = block_size
-        spec = KVCacheSpec(
-            num_layers=model.num_layers,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            block_size=block_size,
-            dtype=model.dtype,
-            device=model.device,
-        )
-        self.kv_caches = [cache.fill_(float("nan")) for cache in AutoKVDtype(spec).allocate(num_blocks)]
+        formats = model.bind_kv_cache(KVCacheDtype(block_size=block_size))
+        self.kv_caches = [kv_format.allocate(num_blocks).fill_(0xFF) for kv_format in formats]
         self._free = list(range(1, num_blocks))
         random.Random(seed).shuffle(self._free)
         self._requests: dict[str, _Request] = {}

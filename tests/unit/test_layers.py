@@ -22,16 +22,15 @@ ALLOWED = {
     "api": {"engine", "executor", "hub", "metrics", ""} | COMMON,
     "cli": {"api", "engine", "executor", "hub", ""} | COMMON,
     "executor": {"worker", "hub"} | COMMON,
-    "worker": {"models", "attention", "kv_dtypes", "distributed", "executor", "hub"} | COMMON,
+    "worker": {"models", "attention", "distributed", "executor", "hub"} | COMMON,
     "models": {"layers", "attention", "quant", "distributed", "hub"} | COMMON,
     "layers": {"quant", "distributed", "attention"} | COMMON,
-    "attention": {"kv_dtypes"} | COMMON,
+    "attention": COMMON,
     "quant": {"distributed"} | COMMON,
-    "kv_dtypes": COMMON,
     "distributed": set(),
 }
 # Who may use the kernels, and torch at all.
-KERNEL_USERS = {"worker", "models", "layers", "attention", "quant", "kv_dtypes"}
+KERNEL_USERS = {"worker", "models", "layers", "attention", "quant"}
 TORCH_USERS = KERNEL_USERS | {"distributed"}
 
 

@@ -8,7 +8,7 @@ from servd_kernels import native
 _KERNEL = native.Function("copy_blocks", "plppllll")
 
 
-def supports(device: str, dtype: torch.dtype, **axes: int) -> str | None:
+def supports(device: str, dtype: torch.dtype, **axes: object) -> str | None:
     # Bytes are moved as they are: any dtype will do.
     return native.unsupported(device, torch.float32)
 

@@ -12,11 +12,11 @@ _ROWS = native.Function("linear_rows", "pppllli")
 _KERNEL = native.Function("linear", "plppplllii")
 
 
-def supports(device: str, dtype: torch.dtype, **axes: int) -> str | None:
+def supports(device: str, dtype: torch.dtype, **axes: object) -> str | None:
     return native.unsupported(device, dtype)
 
 
-def bind(device: str, dtype: torch.dtype, **axes: int) -> BoundLinear:
+def bind(device: str, dtype: torch.dtype, **axes: object) -> BoundLinear:
     return BoundLinear(pack, run)
 
 

@@ -11,11 +11,11 @@ from servd_kernels.linear.packed import BoundLinear, PackedWeight
 _ROWS = 8
 
 
-def supports(device: str, dtype: torch.dtype, **axes: int) -> str | None:
+def supports(device: str, dtype: torch.dtype, **axes: object) -> str | None:
     return None
 
 
-def bind(device: str, dtype: torch.dtype, **axes: int) -> BoundLinear:
+def bind(device: str, dtype: torch.dtype, **axes: object) -> BoundLinear:
     return BoundLinear(pack, run)
 
 

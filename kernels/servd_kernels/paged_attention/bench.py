@@ -7,13 +7,15 @@ import torch
 from torch.nn import functional
 
 from servd_kernels.bench import Case
+from servd_kernels.kv_format import KVFormat
 from servd_kernels.paged_attention import OP, reference
 
 _Q_HEADS, _KV_HEADS, _HEAD_DIM = 9, 3, 64
 
 
 def _case(name: str, query_len: int, seq_len: int, requests: int, dtype: torch.dtype) -> Case:
-    run = OP.bind("cpu", dtype, head_dim=_HEAD_DIM)
+    code = str(dtype).removeprefix("torch.")
+    run = OP.bind("cpu", dtype, kv_format=KVFormat(code, code, _KV_HEADS, _HEAD_DIM, 16))
 
     def make(seed: int) -> tuple[Callable[[], object], Callable[[], object]]:
         inputs = reference.make_inputs(
@@ -37,7 +39,7 @@ def _case(name: str, query_len: int, seq_len: int, requests: int, dtype: torch.d
     keys = requests * seq_len
     pairs = requests * (seq_len if query_len == 1 else query_len * (query_len + 1) // 2)
     moved = dtype.itemsize * 2 * _HEAD_DIM * (keys * _KV_HEADS + requests * query_len * _Q_HEADS)
-    return Case(f"{name} {str(dtype).removeprefix('torch.')}", make, moved, 4 * pairs * _Q_HEADS * _HEAD_DIM)
+    return Case(f"{name} {code}", make, moved, 4 * pairs * _Q_HEADS * _HEAD_DIM)
 
 
 CASES = [

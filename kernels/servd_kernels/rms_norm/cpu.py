@@ -4,23 +4,13 @@ Does not know vectors or threads (cpu.cpp)."""
 import torch
 
 from servd_kernels import native
+from servd_kernels.strides import outer_inner
 
 _KERNEL = native.Function("rms_norm", "pllpllppplllfi")
 
 
-def supports(device: str, dtype: torch.dtype, **axes: int) -> str | None:
+def supports(device: str, dtype: torch.dtype, **axes: object) -> str | None:
     return native.unsupported(device, dtype)
-
-
-def _outer_inner(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:
-    """x, or a copy that the kernel can walk, and its rows as [outer, inner] with strides."""
-    if x.dim() > 3 or x.stride(-1) != 1:
-        x = x.contiguous().view(-1, x.shape[-1])
-    if x.dim() == 2:
-        return x, x.shape[0], 1, x.stride(0), 0
-    if x.dim() == 3:
-        return x, x.shape[0], x.shape[1], x.stride(0), x.stride(1)
-    return x, 1, 1, 0, 0
 
 
 def run(
@@ -28,7 +18,7 @@ def run(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty(x.shape, dtype=x.dtype)
     code, hidden = native.DTYPES[x.dtype], x.shape[-1]
-    rows, outer, inner, outer_stride, inner_stride = _outer_inner(x)
+    rows, outer, inner, outer_stride, inner_stride = outer_inner(x)
     x_at, weight_at, out_at = rows.data_ptr(), weight.data_ptr(), out.data_ptr()
     if residual is None:
         _KERNEL.call(
@@ -37,7 +27,7 @@ def run(
         )  # fmt: skip
         return out
     total = torch.empty(x.shape, dtype=x.dtype)
-    other, _, _, other_outer, other_inner = _outer_inner(residual)
+    other, _, _, other_outer, other_inner = outer_inner(residual)
     _KERNEL.call(
         x_at, outer_stride, inner_stride, other.data_ptr(), other_outer, other_inner, weight_at, out_at,
         total.data_ptr(), outer, inner, hidden, eps, code,

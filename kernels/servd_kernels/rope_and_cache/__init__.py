@@ -3,6 +3,7 @@ Does not know how slots were assigned, nor how cos_sin was scaled."""
 
 import torch
 
+from servd_kernels.kv_format import KVFormat
 from servd_kernels.registry import Op
 from servd_kernels.strides import check_last_stride
 
@@ -17,26 +18,30 @@ def rope_and_cache(
     cos_sin: torch.Tensor,
     slot_mapping: torch.Tensor,
     kv_cache: torch.Tensor,
+    kv_format: KVFormat,
     interleaved: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Rotates q IN PLACE and returns it; writes rotated k, and v, to the cache. k and v stay as they are.
+    """Turns q IN PLACE and returns it; writes turned k, and v, to the cache. k and v stay as they are.
 
     q [num_tokens, num_q_heads, head_dim]; k, v [num_tokens, num_kv_heads, head_dim]: views of one fused qkv
-    will do. positions, slot_mapping [num_tokens] int64; slot = block * block_size + offset, -1: do not write.
-    cos_sin [max_pos, rotary_dim] float32: cosines, then sines; dimensions from rotary_dim on pass through.
-    kv_cache [num_blocks, 2, num_kv_heads, block_size, head_dim]. float32, bfloat16 or float16, all alike.
-    Raises ValueError for shapes, dtypes, positions or slots that do not fit.
+    will do; float32, bfloat16 or float16, all alike. positions, slot_mapping [num_tokens] int64; slot = block *
+    block_size + offset, -1: do not write. cos_sin [max_pos, rotary_dim] float32: cosines, then sines; dimensions from
+    rotary_dim on pass through. kv_cache [num_blocks, block_bytes] of kv_format: each token's k and v are rounded to
+    their dtype, transformed where the code is rotated (q too, if keys are: dot products stay the same), encoded, and
+    stored with their scales, by their own numbers alone. Raises ValueError for shapes, dtypes, positions or slots that
+    do not fit.
     """
     tokens, _, head_dim = q.shape
-    kv_heads = kv_cache.shape[2]
+    kv_format.check(kv_cache)
+    if head_dim != kv_format.head_dim:
+        raise ValueError(f"q must be [num_tokens, num_q_heads, {kv_format.head_dim}], not {list(q.shape)}")
+    shape = (tokens, kv_format.num_kv_heads, head_dim)
     for name, tensor in (("k", k), ("v", v)):
-        if tensor.shape != (tokens, kv_heads, head_dim):
-            raise ValueError(f"{name} must be {[tokens, kv_heads, head_dim]}, not {list(tensor.shape)}")
-    if kv_cache.dim() != 5 or kv_cache.shape[1] != 2 or kv_cache.shape[4] != head_dim:
-        raise ValueError(f"kv_cache {list(kv_cache.shape)} does not fit q {list(q.shape)}")
-    if {q.dtype, k.dtype, v.dtype, kv_cache.dtype} != {q.dtype}:
-        raise ValueError(f"k, v and kv_cache must be {q.dtype} like q")
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, not {list(tensor.shape)}")
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name} must be {q.dtype} like q, not {tensor.dtype}")
     for name, ids in (("positions", positions), ("slot_mapping", slot_mapping)):
         if ids.shape != (tokens,) or ids.dtype != torch.int64:
             raise ValueError(f"{name} must be int64 [{tokens}], not {ids.dtype} {list(ids.shape)}")
@@ -45,7 +50,7 @@ def rope_and_cache(
         raise ValueError(f"cos_sin must be float32 [max_pos, even, <= {head_dim}], not {list(cos_sin.shape)}")
     if not cos_sin.is_contiguous():
         raise ValueError(f"cos_sin must be contiguous, not of strides {list(cos_sin.stride())}")
-    check_last_stride(q=q, k=k, v=v, kv_cache=kv_cache, positions=positions, slot_mapping=slot_mapping)
-    run = OP.bind(q.device.type, q.dtype, backend, head_dim=head_dim)
-    out: torch.Tensor = run(q, k, v, positions, cos_sin, slot_mapping, kv_cache, interleaved)
+    check_last_stride(q=q, k=k, v=v, positions=positions, slot_mapping=slot_mapping)
+    run = OP.bind(q.device.type, q.dtype, backend, kv_format=kv_format)
+    out: torch.Tensor = run(q, k, v, positions, cos_sin, slot_mapping, kv_cache, kv_format, interleaved)
     return out

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
+from servd_kernels.kv_format import KVFormat, hadamard
 
-def supports(device: str, dtype: torch.dtype, **axes: int) -> str | None:
+
+def supports(device: str, dtype: torch.dtype, **axes: object) -> str | None:
     return None
 
 
@@ -31,19 +33,22 @@ def run(
     cos_sin: torch.Tensor,
     slot_mapping: torch.Tensor,
     kv_cache: torch.Tensor,
+    kv_format: KVFormat,
     interleaved: bool = False,
 ) -> torch.Tensor:
-    num_blocks, _, _, block_size, _ = kv_cache.shape
+    num_slots = len(kv_cache) * kv_format.block_size
     if bool(((positions < 0) | (positions >= len(cos_sin))).any()):
         raise ValueError(f"positions must be in 0..{len(cos_sin) - 1}")
-    if bool(((slot_mapping < -1) | (slot_mapping >= num_blocks * block_size)).any()):
-        raise ValueError(f"slots must be in -1..{num_blocks * block_size - 1}")
+    if bool(((slot_mapping < -1) | (slot_mapping >= num_slots)).any()):
+        raise ValueError(f"slots must be in -1..{num_slots - 1}")
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-    q.copy_(rotate(q, cos, sin, interleaved))
     kept = slot_mapping >= 0
-    block, offset = slot_mapping[kept] // block_size, slot_mapping[kept] % block_size
-    kv_cache[block, 0, :, offset] = rotate(k, cos, sin, interleaved)[kept]
-    kv_cache[block, 1, :, offset] = v[kept]
+    for side, x in ((kv_format.k, rotate(k, cos, sin, interleaved)), (kv_format.v, v)):
+        x = x[kept]
+        # The transform stays in float32 until it is encoded: rounding it to bfloat16 would be one error more.
+        kv_format.write(kv_cache, side, slot_mapping[kept], hadamard(x.float()) if side.code.is_rotated else x)
+    turned = rotate(q, cos, sin, interleaved)
+    q.copy_(hadamard(turned) if kv_format.k.code.is_rotated else turned)
     return q
 
 
@@ -55,9 +60,13 @@ def make_inputs(
     rotary_dim: int | None = None,
     block_size: int = 16,
     dtype: torch.dtype = torch.float32,
+    key: str | None = None,
+    value: str | None = None,
+    key_words: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """q, k and v are views of one fused qkv; every seventh token has slot -1; the cache starts as NaN."""
+    """q, k and v are views of one fused qkv; every seventh token has slot -1; the cache's bytes start as 0xFF.
+    `key` and `value` are codes; None: as `dtype`."""
     generator = torch.Generator().manual_seed(seed)
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     heads = num_q_heads + 2 * num_kv_heads
@@ -69,6 +78,8 @@ def make_inputs(
     frequency = 10000.0 ** (-torch.arange(0, rotary_dim, 2) / max(rotary_dim, 1))
     angle = torch.arange(max_position)[:, None] * frequency
     num_blocks = num_tokens // block_size + 3
+    name = str(dtype).removeprefix("torch.")
+    kv_format = KVFormat(key or name, value or name, num_kv_heads, head_dim, block_size, key_words)
     slots = torch.randperm(num_blocks * block_size, generator=generator)[:num_tokens]
     slots[6::7] = -1
     return {
@@ -78,5 +89,6 @@ def make_inputs(
         "positions": torch.randperm(max_position, generator=generator)[:num_tokens],
         "cos_sin": torch.cat([angle.cos(), angle.sin()], -1),
         "slot_mapping": slots,
-        "kv_cache": torch.full((num_blocks, 2, num_kv_heads, block_size, head_dim), torch.nan, dtype=dtype),
+        "kv_cache": torch.full((num_blocks, kv_format.block_bytes), 0xFF, dtype=torch.uint8),
+        "kv_format": kv_format,
     }

@@ -8,7 +8,7 @@ from servd_kernels import native
 _KERNEL = native.Function("silu_and_mul", "plplli")
 
 
-def supports(device: str, dtype: torch.dtype, **axes: int) -> str | None:
+def supports(device: str, dtype: torch.dtype, **axes: object) -> str | None:
     return native.unsupported(device, dtype)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 
-def supports(device: str, dtype: torch.dtype, **axes: int) -> str | None:
+def supports(device: str, dtype: torch.dtype, **axes: object) -> str | None:
     return None
 
 

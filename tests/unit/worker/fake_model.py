@@ -6,11 +6,10 @@ Whatever goes wrong with slots, block tables, positions or copies changes its to
 from __future__ import annotations
 
 import torch
+from servd_kernels.kv_format import KVFormat
 from torch import Tensor
 
 from servd.attention.metadata import AttentionMetadata
-from servd.kv_dtypes.auto import AutoKVDtype
-from servd.kv_dtypes.base import KVCacheSpec
 from servd.worker.kv_cache import PagedKVCache
 from servd.worker.model_runner import ModelRunner
 
@@ -22,7 +21,7 @@ class FakeModel:
     vocab_size = 101
     num_layers = 1
     num_kv_heads = 1
-    head_dim = 2
+    head_dim = 8
 
     def __init__(self) -> None:
         self.batch_sizes: list[tuple[int, int]] = []  # tokens and requests of each step
@@ -37,16 +36,17 @@ class FakeModel:
             self.fail_next = False
             raise RuntimeError("out of memory, say")
         (cache,) = kv_caches
-        block_size = cache.shape[3]
+        keys = cache.view(torch.float32)[:, : cache.shape[1] // 8].unflatten(1, (-1, self.head_dim))
+        block_size = keys.shape[1]
         for token, position, slot in zip(input_ids, positions, attention.slot_mapping, strict=True):
-            cache[slot // block_size, 0, 0, slot % block_size] = torch.stack([token, position]).to(cache.dtype)
+            keys[slot // block_size, slot % block_size, :2] = torch.stack([token, position]).to(keys.dtype)
         bounds = attention.cu_seqlens_q.tolist()
         self.batch_sizes.append((len(input_ids), len(bounds) - 1))
         hidden = torch.zeros(len(input_ids), 2, dtype=torch.float64)
         for i, length in enumerate(attention.seq_lens.tolist()):
             num_blocks = -(-length // block_size)
             blocks = attention.block_tables[i, :num_blocks].long()
-            past = cache[blocks, 0, 0].reshape(-1, 2)[:length].long()
+            past = keys[blocks, :, :2].reshape(-1, 2)[:length].long()
             for index in range(bounds[i], bounds[i + 1]):
                 seen = past[: int(positions[index]) + 1]
                 value = 0
@@ -68,8 +68,7 @@ def make_runner(
     *, num_blocks: int = 64, block_size: int = 4, max_num_seqs: int = 8, max_model_len: int = 64
 ) -> ModelRunner:
     device = torch.device("cpu")
-    spec = KVCacheSpec(1, 1, 2, block_size, torch.float32, device)
-    cache = PagedKVCache(AutoKVDtype(spec), num_blocks)
+    cache = PagedKVCache([KVFormat("float32", "float32", 1, FakeModel.head_dim, block_size)], num_blocks, device)
     for layer in cache.layers:
-        layer.fill_(torch.nan)  # what nobody wrote must never be read
+        layer.fill_(0xFF)  # what nobody wrote is NaN, and must never be read
     return ModelRunner(FakeModel(), cache, max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=device)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from servd_kernels.kv_format import KVFormat
 
 from servd.errors import ConfigError
-from servd.kv_dtypes.auto import AutoKVDtype
-from servd.kv_dtypes.base import KVCacheSpec
 from servd.worker.kv_cache import PagedKVCache, num_blocks_for
 
 
@@ -28,8 +27,8 @@ def test_one_request_of_the_longest_length_must_fit() -> None:
 
 
 def test_copies_move_whole_blocks_in_every_layer() -> None:
-    spec = KVCacheSpec(3, 2, 4, 5, torch.bfloat16, torch.device("cpu"))
-    cache = PagedKVCache(AutoKVDtype(spec), 7)
+    kv_format = KVFormat("bfloat16", "bfloat16", num_kv_heads=2, head_dim=8, block_size=5)
+    cache = PagedKVCache([kv_format] * 3, 7, torch.device("cpu"))
     for number, layer in enumerate(cache.layers):
         layer.copy_(torch.arange(layer.numel()).view_as(layer) % 250 + number)
     before = [layer.clone() for layer in cache.layers]

@@ -52,7 +52,7 @@ def test_the_cache_is_no_larger_than_the_requests_can_fill(files: ModelFiles) ->
     [
         ({"max_model_len": MAX_POSITIONS + 1}, r"^--max-model-len is 129; allowed: at most the model's 128$"),
         ({"kv_cache_memory": 16 * BLOCK_BYTES_FLOAT32}, "--kv-cache-memory .*lower --max-model-len to 120"),
-        ({"kv_cache_dtype": "int3"}, "unknown KV cache dtype 'int3'; known: .*auto"),
+        ({"kv_cache_dtype": "int3"}, "--kv-cache-dtype is 'int3'; allowed: auto, .*int4"),
     ],
 )
 def test_settings_that_cannot_work_are_named(files: ModelFiles, settings: dict[str, Any], message: str) -> None:
