@@ -13,6 +13,7 @@ from typing import Any
 from servd.errors import ConfigError
 
 GIB = 1 << 30
+KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8", "int4")
 
 
 def flag(default: Any, help: str, *, choices: tuple[str, ...] | None = None, unit: str = "") -> Any:
@@ -35,6 +36,9 @@ class ModelConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     max_model_len: int | None = flag(None, "longest prompt plus output; default: the model's own", unit="tokens")
+    deterministic: bool = flag(
+        True, "the same bits for a request whatever the batch; off: library routines that are faster in places"
+    )
     device: str = flag("auto", "where the model runs; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
     generation_config: str = flag(
         "auto",
@@ -49,7 +53,14 @@ class CacheConfig:
     """The paged KV cache."""
 
     block_size: int = flag(16, "tokens in a KV block", unit="tokens")
-    kv_cache_dtype: str = flag("auto", "KV storage type; auto: the compute dtype")
+    kv_cache_dtype: str = flag(
+        "auto",
+        f"KV storage: {', '.join(KV_CACHE_DTYPES[1:])}, auto (the compute dtype), or each its own: k=int8,v=int4",
+    )
+    kv_cache_skip_layers: str = flag("", "layers whose KV stays in the compute dtype, e.g. 0,1,28-29")
+    kv_shadow_rate: float = flag(
+        0.0, "share of steps in which one request is computed again without KV quantization, and compared (metrics)"
+    )
     kv_cache_memory: int | None = flag(
         None, "memory for KV blocks, e.g. 2GiB; default on CPU: a quarter of RAM, at most 4GiB", unit="bytes"
     )
@@ -139,6 +150,9 @@ class EngineConfig:
             _require("--max-model-len", model.max_model_len, model.max_model_len >= 2, "at least 2")
         if cache.kv_cache_memory is not None:
             _require("--kv-cache-memory", cache.kv_cache_memory, cache.kv_cache_memory > 0, "more than 0 bytes")
+        parse_kv_cache_dtype(cache.kv_cache_dtype)
+        parse_layers(cache.kv_cache_skip_layers)
+        _require("--kv-shadow-rate", cache.kv_shadow_rate, 0 <= cache.kv_shadow_rate <= 1, "0 to 1")
         utilization = cache.gpu_memory_utilization
         _require("--gpu-memory-utilization", utilization, 0 < utilization <= 1, "more than 0, at most 1")
         threads = self.parallel.threads
@@ -152,6 +166,32 @@ def default_cpu_kv_memory() -> int:
     """A quarter of the machine's RAM, at most 4 GiB, in bytes."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(total // 4, 4 * GIB)
+
+
+def parse_kv_cache_dtype(text: str) -> tuple[str, str]:
+    """'int8' or 'k=int8,v=int4' to the storage types of keys and of values. Raises ConfigError."""
+    if "=" not in text:
+        key = value = text
+    else:
+        sides = dict(part.partition("=")[::2] for part in text.replace(" ", "").split(","))
+        if sides.keys() - {"k", "v"}:
+            raise ConfigError(f"--kv-cache-dtype is {text!r}; allowed: one type, or k=TYPE,v=TYPE")
+        key, value = sides.get("k", "auto"), sides.get("v", "auto")
+    for name in (key, value):
+        if name not in KV_CACHE_DTYPES:
+            raise ConfigError(f"--kv-cache-dtype is {text!r}; allowed: {', '.join(KV_CACHE_DTYPES)}, or k=TYPE,v=TYPE")
+    return key, value
+
+
+def parse_layers(text: str) -> frozenset[int]:
+    """'0,1,28-29' to layer numbers. Raises ConfigError."""
+    layers: set[int] = set()
+    for part in filter(None, text.replace(" ", "").split(",")):
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
+            raise ConfigError(f"--kv-cache-skip-layers is {text!r}; allowed: numbers and ranges, e.g. 0,1,28-29")
+        layers |= set(range(int(first), int(last or first) + 1))
+    return frozenset(layers)
 
 
 def parse_bytes(text: str) -> int:

@@ -240,11 +240,9 @@ class DecoderModel(Model):
         """The family's reading of config.json. Raises ConfigError."""
 
     def bind_kv_cache(self, kv_dtype: KVCacheDtype) -> list[KVFormat]:
-        formats = []
-        for index, layer in enumerate(self._layers):
-            attention = layer.self_attention.attention
-            formats.append(kv_dtype.format(index, self.num_kv_heads, self.head_dim, self.dtype))
-            attention.bind_kv_cache(formats[-1])
+        formats = kv_dtype.formats(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype)
+        for layer, kv_format in zip(self._layers, formats, strict=True):
+            layer.self_attention.attention.bind_kv_cache(kv_format)
         return formats
 
     def layers(self) -> Iterable[Layer]:

@@ -1,4 +1,4 @@
-"""One rank: picks the device, loads the model, sizes the KV cache, executes plans.
+"""One rank: loads the model, sizes the KV cache, executes plans.
 
 Knows nothing of the process or thread it runs in, nor of who sends the plans.
 """
@@ -6,7 +6,6 @@ Knows nothing of the process or thread it runs in, nor of who sends the plans.
 from __future__ import annotations
 
 import logging
-import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +19,9 @@ from servd.attention.metadata import AttentionMetadata
 from servd.config import EngineConfig, default_cpu_kv_memory
 from servd.errors import ConfigError
 from servd.models.base import Model
-from servd.models.loader import Progress, load_model
+from servd.models.loader import Progress
 from servd.outputs import ModelRunnerOutput, SchedulerOutput, WorkerInfo
+from servd.worker.device import load_on_device
 from servd.worker.kv_cache import PagedKVCache, num_blocks_for
 from servd.worker.model_runner import ModelRunner
 
@@ -36,17 +36,10 @@ class Worker:
 
     def __init__(self, config: EngineConfig, files: ModelFiles, progress: Progress | None = None) -> None:
         """Load everything. Raises ConfigError naming the flag or the file that is wrong."""
-        self.device = choose_device(config.model.device)
-        if self.device.type == "cpu":
-            set_threads(config.parallel.threads)
-        self.model = load_model(files, dtype=config.model.dtype, device=str(self.device), progress=progress)
-        if self.device.type == "cpu" and native.library() is not None:
-            # Steps compute in the native kernels' threads. A second pool that spins on the same cores between torch's
-            # few small operations would only take them away.
-            torch.set_num_threads(1)
+        self.model = load_on_device(config, files, progress)
+        self.device = self.model.device
         self.max_model_len = _max_model_len(config.model.max_model_len, self.model)
-        storage = config.cache.kv_cache_dtype
-        self._formats = self.model.bind_kv_cache(KVCacheDtype(storage, storage, config.cache.block_size))
+        self._formats = self.model.bind_kv_cache(KVCacheDtype.from_config(config.cache))
         max_num_seqs = config.scheduler.max_num_seqs
         num_blocks = num_blocks_for(
             self._kv_memory(config),
@@ -85,23 +78,6 @@ class Worker:
         if self.device.type == "cpu":
             return default_cpu_kv_memory()
         return _free_gpu_memory(config, self.model, self._formats)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that `name` (auto, cpu, cuda) stands for here. Raises ConfigError if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device is cuda, but torch sees no GPU here; allowed: auto, cpu")
-    return torch.device(name)
-
-
-def set_threads(threads: int | None) -> None:
-    """Give torch and the native kernels so many threads; None: as many as the cores this process may use."""
-    if threads is None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads)
-    native.set_num_threads(threads)
 
 
 def kernel_backend(device: torch.device, dtype: torch.dtype, kv_format: KVFormat) -> str:

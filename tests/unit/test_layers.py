@@ -20,7 +20,8 @@ ALLOWED = {
     "scheduler": {"cache"} | COMMON,
     "engine": {"scheduler", "cache", "executor", "hub", "metrics"} | COMMON,
     "api": {"engine", "executor", "hub", "metrics", ""} | COMMON,
-    "cli": {"api", "engine", "executor", "hub", ""} | COMMON,
+    "cli": {"api", "engine", "eval", "executor", "hub", ""} | COMMON,
+    "eval": {"models", "attention", "worker", "hub"} | COMMON,
     "executor": {"worker", "hub"} | COMMON,
     "worker": {"models", "attention", "distributed", "executor", "hub"} | COMMON,
     "models": {"layers", "attention", "quant", "distributed", "hub"} | COMMON,
@@ -30,7 +31,7 @@ ALLOWED = {
     "distributed": set(),
 }
 # Who may use the kernels, and torch at all.
-KERNEL_USERS = {"worker", "models", "layers", "attention", "quant"}
+KERNEL_USERS = {"worker", "eval", "models", "layers", "attention", "quant"}
 TORCH_USERS = KERNEL_USERS | {"distributed"}
 
 

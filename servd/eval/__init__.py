@@ -1,0 +1,4 @@
+"""Measurements of quality, offline: what a setting costs in perplexity and in equal answers.
+
+Knows nothing of serving.
+"""
