@@ -39,6 +39,7 @@ class ModelConfig:
     deterministic: bool = flag(
         True, "the same bits for a request whatever the batch; off: library routines that are faster in places"
     )
+    cuda_graphs: bool = flag(True, "on a GPU, replay decode steps as CUDA graphs")
     device: str = flag("auto", "where the model runs; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
     generation_config: str = flag(
         "auto",

@@ -11,6 +11,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 _LATENCY = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
+_DIVERGENCE = (1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1)
+
 
 class Metrics:
     """The metrics of one engine, in a registry of their own (several engines can live in one process)."""
@@ -58,6 +60,16 @@ class Metrics:
         )
         self.worker_restarts = Counter(
             "servd_worker_restarts", "Restarts of the model workers after a death", registry=registry
+        )
+
+        self.kv_shadow_kl = Histogram(
+            "servd_kv_shadow_kl_nats",
+            "Divergence of the next-token distribution from an unquantized KV cache's, in sampled steps",
+            buckets=_DIVERGENCE,
+            registry=registry,
+        )
+        self.kv_shadow_top1_equal = Counter(
+            "servd_kv_shadow_top1_equal", "Sampled steps with the same likeliest token", registry=registry
         )
 
     def follow_gauges(self, read: Mapping[str, Callable[[], float]]) -> None:

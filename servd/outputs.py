@@ -62,6 +62,14 @@ class TokenLogprobs(msgspec.Struct, array_like=True):
     top_logprobs: list[float]
 
 
+class KVShadowSample(msgspec.Struct, array_like=True):
+    """One request's next-token distribution, compared with what an unquantized KV cache would have given."""
+
+    kl_divergence: float  # nats
+    is_top1_equal: bool  # the likeliest token is the same
+    num_tokens: int  # before the one compared
+
+
 class ModelRunnerOutput(msgspec.Struct, array_like=True):
     """What a step gave."""
 
@@ -72,6 +80,7 @@ class ModelRunnerOutput(msgspec.Struct, array_like=True):
     prompt_logprobs: dict[str, list[TokenLogprobs]]  # for prompt positions computed in this step, in order
     failed: dict[str, str]  # request id → why it alone could not be computed
     compute_seconds: float  # wall time in the worker
+    kv_shadow: KVShadowSample | None = None  # in the share of steps that --kv-shadow-rate asks for
 
 
 class WorkerInfo(msgspec.Struct, array_like=True):

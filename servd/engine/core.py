@@ -156,6 +156,9 @@ class EngineCore:
         )  # fmt: skip
         self.step_log.append(record)
         self._metrics.step_time.observe(output.compute_seconds)
+        if output.kv_shadow is not None:
+            self._metrics.kv_shadow_kl.observe(output.kv_shadow.kl_divergence)
+            self._metrics.kv_shadow_top1_equal.inc(output.kv_shadow.is_top1_equal)
         if self._log_steps:
             step_logger.info(
                 "step %d: %d requests, %d prefill + %d decode tokens, %d waiting, %.1f ms",

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from servd.attention.metadata import AttentionMetadata
-from servd.outputs import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
+from servd.outputs import KVShadowSample, ModelRunnerOutput, SchedulerOutput, TokenLogprobs
+from servd.worker.cuda_graph import DecodeGraphs
 from servd.worker.input_batch import InputBatch, PackedBatch, PromptTargets
 from servd.worker.kv_cache import PagedKVCache
+from servd.worker.kv_shadow import MAX_TOKENS, KVShadow
 from servd.worker.logprobs import gather_logprobs
 from servd.worker.sampler import Sampler
 
@@ -46,6 +48,7 @@ class _Sampled:
     request_ids: list[str] = field(default_factory=list)  # without failed ones
     token_ids: list[int] = field(default_factory=list)
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
+    kv_shadow: KVShadowSample | None = None
 
 
 class ModelRunner:
@@ -59,12 +62,17 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         device: torch.device,
+        graphs: DecodeGraphs | None = None,
+        shadow: KVShadow | None = None,
     ) -> None:
+        """`graphs`: how steps of single tokens run; `shadow`: what compares some steps with an unquantized cache."""
         self.model = model
         self.kv_cache = kv_cache
         self.device = device
         self.batch = InputBatch(max_num_seqs, max_model_len, kv_cache.block_size, model.vocab_size)
         self.sampler = Sampler()
+        self._graphs = graphs
+        self._shadow = shadow
 
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
@@ -81,16 +89,11 @@ class ModelRunner:
         sampled = _Sampled()
         prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
         if packed.request_ids:
-            hidden = self.model.forward(
-                self._tensor(packed.input_ids),
-                self._tensor(packed.positions),
-                self._attention(packed),
-                self.kv_cache.layers,
-            )
+            hidden = self._forward(packed)
             for targets in packed.prompt_targets:
                 prompt_logprobs[targets.request_id] = self._prompt_logprobs(hidden, targets)
             if packed.sample_request_ids:
-                sampled = self._sample(hidden, packed)
+                sampled = self._sample(hidden, packed, plan.step_id)
         failed = {r: self.batch.failed[r] for r in plan.scheduled.request_ids if r in self.batch.failed}
         return ModelRunnerOutput(
             step_id=plan.step_id,
@@ -100,7 +103,15 @@ class ModelRunner:
             prompt_logprobs={r: found for r, found in prompt_logprobs.items() if r not in failed},
             failed=failed,
             compute_seconds=time.perf_counter() - began,
+            kv_shadow=sampled.kv_shadow,
         )
+
+    def _forward(self, packed: PackedBatch) -> Tensor:
+        hidden = self._graphs.run(packed) if self._graphs is not None else None
+        if hidden is not None:
+            return hidden
+        input_ids, positions = self._tensor(packed.input_ids), self._tensor(packed.positions)
+        return self.model.forward(input_ids, positions, self._attention(packed), self.kv_cache.layers)
 
     def _attention(self, packed: PackedBatch) -> AttentionMetadata:
         return AttentionMetadata(
@@ -110,7 +121,7 @@ class ModelRunner:
             slot_mapping=self._tensor(packed.slot_mapping),
         )
 
-    def _sample(self, hidden: Tensor, packed: PackedBatch) -> _Sampled:
+    def _sample(self, hidden: Tensor, packed: PackedBatch, step_id: int) -> _Sampled:
         logits = self.model.compute_logits(hidden[self._tensor(packed.sample_indices)])
         output = self.sampler(logits, packed.sampling)
         for row, reason in output.failed.items():
@@ -122,7 +133,17 @@ class ModelRunner:
             request_ids=[packed.sample_request_ids[i] for i in kept],
             token_ids=output.token_ids[alive].tolist(),
             logprobs={packed.sample_request_ids[i]: entry for i in kept if (entry := output.logprobs[i]) is not None},
+            kv_shadow=self._compare(step_id, packed, logits, kept),
         )
+
+    def _compare(self, step_id: int, packed: PackedBatch, logits: Tensor, rows: list[int]) -> KVShadowSample | None:
+        """One of the sampled `rows`, another one each time, against an unquantized cache."""
+        short = [row for row in rows if packed.sample_positions[row] <= MAX_TOKENS]
+        if self._shadow is None or not short or not self._shadow.is_due(step_id):
+            return None
+        row = short[step_id % len(short)]
+        token_ids = self.batch.token_ids(packed.sample_request_ids[row])[: packed.sample_positions[row]]
+        return self._shadow.compare(token_ids, logits[row])
 
     def _prompt_logprobs(self, hidden: Tensor, targets: PromptTargets) -> list[TokenLogprobs]:
         found: list[TokenLogprobs] = []

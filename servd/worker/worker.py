@@ -21,8 +21,10 @@ from servd.errors import ConfigError
 from servd.models.base import Model
 from servd.models.loader import Progress
 from servd.outputs import ModelRunnerOutput, SchedulerOutput, WorkerInfo
+from servd.worker.cuda_graph import CudaCapture, DecodeGraphs
 from servd.worker.device import load_on_device
 from servd.worker.kv_cache import PagedKVCache, num_blocks_for
+from servd.worker.kv_shadow import KVShadow
 from servd.worker.model_runner import ModelRunner
 
 if TYPE_CHECKING:
@@ -55,7 +57,28 @@ class Worker:
             max_num_seqs=max_num_seqs,
             max_model_len=self.max_model_len,
             device=self.device,
+            graphs=self._decode_graphs(config),
+            shadow=self._shadow(config),
         )
+
+    def _decode_graphs(self, config: EngineConfig) -> DecodeGraphs | None:
+        if self.device.type != "cuda" or not config.model.cuda_graphs:
+            return None
+        return DecodeGraphs(
+            self.model.forward,
+            self.kv_cache.layers,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_blocks=-(-self.max_model_len // self.kv_cache.block_size),
+            device=self.device,
+            capture=CudaCapture(),
+        )
+
+    def _shadow(self, config: EngineConfig) -> KVShadow | None:
+        kv_dtype = KVCacheDtype.from_config(config.cache)
+        rate = config.cache.kv_shadow_rate
+        if rate and not kv_dtype.is_quantized:
+            raise ConfigError(f"--kv-shadow-rate is {rate} with an unquantized KV cache; allowed: 0")
+        return KVShadow(self.model, kv_dtype, rate) if rate else None
 
     def info(self) -> WorkerInfo:
         """What the engine must know before it plans."""

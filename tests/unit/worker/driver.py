@@ -97,6 +97,10 @@ class Driver:
             self.sequences[request_id].outputs.append(output)
         return output
 
+    def step_all(self) -> ModelRunnerOutput:
+        """A step in which every request computes all that it has left."""
+        return self.step(dict.fromkeys(self.sequences, 0))
+
     def _new_request(self, sequence: Sequence) -> NewRequestData:
         return NewRequestData(
             sequence.request_id, sequence.tokens, len(sequence.prompt), sequence.params, sequence.seed,
