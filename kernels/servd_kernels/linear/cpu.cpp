@@ -1,9 +1,14 @@
 // Owns: x @ weight.T + bias over a packed weight, with one fixed order of summation for each output element.
 // Does not know: which layer it serves. The paper: Goto & van de Geijn, "Anatomy of High-Performance
-// Matrix Multiplication" (the whole of K stays in one panel here: a panel fits the second-level cache).
+// Matrix Multiplication".
 //
 // A packed weight is panels of kPanel output columns, each [K][kPanel]; the last panel is padded with zeros.
 // Where the processor multiplies pairs of bfloat16 the layout is [K/2][kPanel][2], K padded to even.
+// A gated weight is a gate matrix above an up matrix of as many rows: their panels alternate.
+//
+// A unit of work is one panel (or a gate and its up) and a block of rows. Its sums wait in memory, in float32,
+// between two blocks of K: that rounds nothing, so blocking changes no bit.
+#include "../common/activation.hpp"
 #include "../common/kernel.hpp"
 #include "../common/tile.hpp"
 
@@ -11,7 +16,10 @@ namespace SERVD_ISA {
 namespace {
 
 constexpr int kPanel = kTileVectors * W;
-constexpr int64_t kRowBlock = 64;  // rows of one unit: 64 rows of x and a panel share the L2 cache
+constexpr int64_t kRowBlock = 64;      // rows of one unit
+constexpr int64_t kDepthBlock = 512;   // of K, even: a panel's block and the rows that meet it share the L2 cache
+constexpr int64_t kPrefetchRun = 32;   // steps of K between two bursts of prefetches
+constexpr int64_t kLine = 64;          // bytes of a cache line
 
 #if defined(__AVX512BF16__)
 constexpr bool kPairs = true;
@@ -71,52 +79,121 @@ SERVD_INLINE void multiply_pairs(const bf16* x, int64_t row_stride, const bf16* 
 }
 #endif
 
-// X is T where pairs are multiplied, float otherwise.
-template <int ROWS, class T, class X, class O>
-void compute_tile(const X* x, int64_t x_stride, const T* panel, const T* bias, O* out, int64_t out_stride,
-                  int64_t columns, int64_t k) {
-    vf acc[ROWS][kTileVectors] = {};
-#if defined(__AVX512BF16__)
-    if constexpr (IsPaired<T>::value) multiply_pairs<ROWS>(x, x_stride, panel, k, acc);
-    else
-#endif
-        multiply_tile<ROWS, kTileVectors>(x, x_stride, panel, kPanel, k, acc);
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kTileVectors; ++v) {
-            int64_t n = lesser(int64_t(W), columns - v * W);
-            if (n <= 0) continue;
-            vf sum = acc[r][v];
-            if (bias) sum += load_n(bias + v * W, n);
-            if (n == W) store(out + r * out_stride + v * W, sum);
-            else store_n(out + r * out_stride + v * W, sum, n);
-        }
+// A stretch of memory that a later unit reads, brought to the L2 cache while this one computes.
+struct Prefetch {
+    const char* from;
+    int64_t lines;
+
+    __attribute__((always_inline)) void fetch(int64_t count) {
+        for (count = lesser(count, lines); count > 0; --count, --lines, from += kLine) __builtin_prefetch(from, 0, 2);
     }
+};
+
+// sums[ROWS][kPanel] (+)= x[ROWS][depth] * panel[depth][kPanel]. X is T where pairs are multiplied, else float.
+template <int ROWS, class T, class X>
+void multiply_block(const X* x, int64_t x_stride, const T* panel, int64_t depth, bool is_first, Prefetch next,
+                    float* sums) {
+    vf acc[ROWS][kTileVectors] = {};
+    if (!is_first) {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < kTileVectors; ++v) acc[r][v] = load(sums + r * kPanel + v * W);
+    }
+    int64_t burst = (next.lines * kPrefetchRun + depth - 1) / depth;
+    for (int64_t i = 0; i < depth; i += kPrefetchRun) {
+        int64_t run = lesser(kPrefetchRun, depth - i);
+        next.fetch(burst);
+#if defined(__AVX512BF16__)
+        if constexpr (IsPaired<T>::value) multiply_pairs<ROWS>(x + i, x_stride, panel + i * kPanel, run, acc);
+        else
+#endif
+            multiply_tile<ROWS, kTileVectors>(x + i, x_stride, panel + i * kPanel, kPanel, run, acc);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVectors; ++v) store(sums + r * kPanel + v * W, acc[r][v]);
 }
 
 template <class T, class O>
 struct Call {
-    const T *packed, *bias;
+    const T *packed, *bias, *residual;
     O* out;
-    int64_t m, n, k;
+    int64_t m, n, k, residual_stride;  // n: columns of out
+    int activation;
+    bool is_gated;
 };
 
+// sums[rows][kPanel] = x * panel. While it runs, its share of `next` (the panel that comes next, or null), which
+// all the row blocks of the call bring in together.
 template <class T, class O, class X>
-void compute_unit(const Call<T, O>& call, const X* x, int64_t x_stride, int64_t panel, int64_t row_block) {
-    int64_t first_column = panel * kPanel;
-    int64_t row = row_block * kRowBlock, end = lesser(row + kRowBlock, call.m);
-    // Tiles of even height: 9 rows as 5 + 4, not 8 + 1, since a tile's cost hardly falls with its height.
-    for (int64_t tiles = (end - row + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
-        int rows = int((end - row + tiles - 1) / tiles);
-        with_count<kTileRows>(rows, [&](auto count) {
-            compute_tile<decltype(count)::value>(
-                x + row * x_stride, x_stride, call.packed + panel * packed_depth<T>(call.k) * kPanel,
-                call.bias ? call.bias + first_column : nullptr, call.out + row * call.n + first_column,
-                call.n, call.n - first_column, call.k);
-        });
-        row += rows;
+void multiply_panel(const Call<T, O>& call, const X* x, int64_t x_stride, int64_t first_row, int64_t rows,
+                    const T* panel, const T* next, float* sums) {
+    int64_t passes = (call.m + kTileRows - 1) / kTileRows;
+    for (int64_t depth = 0; depth < call.k; depth += kDepthBlock) {
+        int64_t count = lesser(kDepthBlock, call.k - depth);
+        int64_t lines = next ? (count * kPanel * int64_t(sizeof(T)) / kLine + passes - 1) / passes : 0;
+        // Tiles of even height: 9 rows as 5 + 4, not 8 + 1, since a tile's cost hardly falls with its height.
+        int64_t row = 0;
+        for (int64_t tiles = (rows + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
+            int height = int((rows - row + tiles - 1) / tiles);
+            int64_t pass = (first_row + row) / kTileRows;
+            Prefetch share = {(const char*)(next + depth * kPanel) + pass * lines * kLine, lines};
+            with_count<kTileRows>(height, [&](auto constant) {
+                multiply_block<decltype(constant)::value>(x + row * x_stride + depth, x_stride,
+                                                          panel + depth * kPanel, count, depth == 0, share,
+                                                          sums + row * kPanel);
+            });
+            row += height;
+        }
     }
+    if (call.k == 0) memset(sums, 0, rows * kPanel * sizeof(float));
+}
+
+// Bias, activation, gate and residual; then the one rounding.
+template <class T, class O>
+void finish(const Call<T, O>& call, const float* gates, const float* sums, int64_t first_row, int64_t rows,
+            int64_t column) {
+    for (int64_t row = 0; row < rows; ++row) {
+        const T* residual = call.residual ? call.residual + (first_row + row) * call.residual_stride + column : nullptr;
+        O* out = call.out + (first_row + row) * call.n + column;
+        for (int64_t at = 0; at < lesser(int64_t(kPanel), call.n - column); at += W) {
+            int64_t n = lesser(int64_t(W), call.n - column - at);
+            auto some = [n](const T* p) __attribute__((always_inline)) { return n == W ? load(p) : load_n(p, n); };
+            vf value = load(sums + row * kPanel + at);
+            if (call.is_gated) {
+                vf gate = load(gates + row * kPanel + at);
+                if (call.bias) {
+                    gate += some(call.bias + column + at);
+                    value += some(call.bias + call.n + column + at);
+                }
+                value *= activate(call.activation, gate);
+            } else {
+                if (call.bias) value += some(call.bias + column + at);
+                value = activate(call.activation, value);
+            }
+            if (residual) value += some(residual + at);
+            if (n == W) store(out + at, value);
+            else store_n(out + at, value, n);
+        }
+    }
+}
+
+template <class T, class O, class X>
+void compute_unit(const Call<T, O>& call, const X* x, int64_t x_stride, int64_t column_block, int64_t row_block) {
+    alignas(64) float sums[kRowBlock * kPanel], gates[kRowBlock * kPanel];
+    int64_t row = row_block * kRowBlock, rows = lesser(kRowBlock, call.m - row);
+    int64_t column = column_block * kPanel, size = packed_depth<T>(call.k) * kPanel;
+    const T* panel = call.packed + column_block * (call.is_gated ? 2 : 1) * size;
+    x += row * x_stride;
+    if (call.is_gated) {
+        multiply_panel(call, x, x_stride, row, rows, panel, panel + size, gates);
+        panel += size;
+    }
+    const T* next = column + kPanel < call.n ? panel + size : nullptr;
+    multiply_panel(call, x, x_stride, row, rows, panel, next, sums);
+    finish(call, gates, sums, row, rows, column);
 }
 
 template <class T, class O, class X>
@@ -128,19 +205,20 @@ void compute(const Call<T, O>& call, const X* x, int64_t x_stride) {
 }
 
 template <class T>
-void widen(const T* x, int64_t row_stride, int64_t m, int64_t k, float* out) {
-    for (int64_t row = 0; row < m; ++row) {
+void widen_rows(const T* x, int64_t row_stride, int64_t m, int64_t k, float* out) {
+    parallel(m, m * k, [=](int64_t row) {
         for (int64_t i = 0; i < k; i += W) {
             int64_t n = lesser(int64_t(W), k - i);
-            store_n(out + row * k + i, load_n(x + row * row_stride + i, n), n);
+            if (n == W) store(out + row * k + i, load(x + row * row_stride + i));
+            else store_n(out + row * k + i, load_n(x + row * row_stride + i, n), n);
         }
-    }
+    });
 }
 
 }  // namespace
 }  // namespace SERVD_ISA
 
-// The number of elements of a packed [n, k] weight.
+// The number of elements of a packed [n, k] weight; of one with a gate, [2 * n, k], it is twice this.
 extern "C" __attribute__((visibility("default"))) int64_t SERVD_JOIN(servd_, SERVD_ISA, linear_packed_size)(
     int64_t n, int64_t k, int dtype) {
     using namespace SERVD_ISA;
@@ -148,23 +226,24 @@ extern "C" __attribute__((visibility("default"))) int64_t SERVD_JOIN(servd_, SER
     return (n + kPanel - 1) / kPanel * kPanel * depth;
 }
 
+// Packs weight [n, k] into every `step`-th panel from panel `first` on.
 SERVD_EXPORT(linear_pack)(const void* weight, int64_t row_stride, void* packed, int64_t n, int64_t k,
-                          int dtype) {
+                          int64_t first, int64_t step, int dtype) {
     using namespace SERVD_ISA;
     return with_dtype(dtype, [=](auto tag) {
         using T = typename decltype(tag)::type;
         parallel((n + kPanel - 1) / kPanel, n * k, [=](int64_t panel) {
-            int64_t first = panel * kPanel;
-            pack_panel(static_cast<const T*>(weight) + first * row_stride, row_stride,
-                       lesser(int64_t(kPanel), n - first), k,
-                       static_cast<T*>(packed) + first * packed_depth<T>(k));
+            int64_t column = panel * kPanel;
+            pack_panel(static_cast<const T*>(weight) + column * row_stride, row_stride,
+                       lesser(int64_t(kPanel), n - column), k,
+                       static_cast<T*>(packed) + (first + panel * step) * kPanel * packed_depth<T>(k));
         });
         return 0;
     });
 }
 
-// Rows ids[0..count) of the packed [n, k] weight, as they were. Returns 1 for an id outside; then nothing was
-// written.
+// Rows ids[0..count) of the packed [n, k] weight (without a gate), as they were. Returns 1 for an id outside; then
+// nothing was written.
 SERVD_EXPORT(linear_rows)(const void* packed, const int64_t* ids, void* out, int64_t count, int64_t n, int64_t k,
                           int dtype) {
     using namespace SERVD_ISA;
@@ -181,21 +260,27 @@ SERVD_EXPORT(linear_rows)(const void* packed, const int64_t* ids, void* out, int
     });
 }
 
-// x [m, k] with a row stride in elements; out [m, n] contiguous, of x's type or float; bias [n] or null.
-SERVD_EXPORT(linear)(const void* x, int64_t x_stride, const void* packed, const void* bias, void* out,
-                     int64_t m, int64_t n, int64_t k, int dtype, int out_dtype) {
+// x [m, k] with a row stride in elements; out [m, n] contiguous, of x's type or float; bias [n] ([2 * n] with a
+// gate) or null; residual [m, n] with a row stride, or null: out = activation(x W^T + bias) + residual, or with a
+// gate activation(x G^T + bias of G) * (x U^T + bias of U) + residual.
+SERVD_EXPORT(linear)(const void* x, int64_t x_stride, const void* packed, const void* bias, const void* residual,
+                     int64_t residual_stride, void* out, int64_t m, int64_t n, int64_t k, int activation,
+                     int is_gated, int dtype, int out_dtype) {
     using namespace SERVD_ISA;
     return with_dtype(dtype, [=](auto tag) {
         using T = typename decltype(tag)::type;
         const T* rows = static_cast<const T*>(x);
         auto run = [=](auto* typed_out) {
             using O = std::remove_pointer_t<decltype(typed_out)>;
-            Call<T, O> call = {static_cast<const T*>(packed), static_cast<const T*>(bias), typed_out, m, n, k};
+            Call<T, O> call = {static_cast<const T*>(packed),
+                               static_cast<const T*>(bias),
+                               static_cast<const T*>(residual),
+                               typed_out, m, n, k, residual_stride, activation, is_gated != 0};
             if constexpr (sizeof(T) == 4 || IsPaired<T>::value) {
                 compute(call, rows, x_stride);
             } else {
                 Scratch<float> wide(m * k);
-                widen(rows, x_stride, m, k, wide.data);
+                widen_rows(rows, x_stride, m, k, wide.data);
                 compute(call, static_cast<const float*>(wide.data), k);
             }
         };

@@ -1,0 +1,45 @@
+// Owns: the activations of feed-forward layers on vectors.
+// Does not know: which op applies them (Hendrycks & Gimpel 2016, "Gaussian Error Linear Units").
+#pragma once
+#include "simd.hpp"
+
+namespace SERVD_ISA {
+
+enum Activation { kIdentity = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3 };
+
+SERVD_INLINE vf silu(vf x) { return x / (vexp(-x) + 1.f); }
+
+// x * (1 + erf(x / sqrt(2))) / 2 with a relative error below 4e-7 down to x = -3, so that small results keep
+// their digits: erfc(z) = exp(-z^2) * p(t), t = 2 / (2 + z), with p a minimax fit of the relative error.
+SERVD_INLINE vf gelu(vf x) {
+    vf z = vmax(x, -x) * 0.70710678118654752f;
+    vf t = 2.f / (z + 2.f);
+    vf p = broadcast(-0.0588906929f);
+    p = fma(p, t, broadcast(0.283701539f));
+    p = fma(p, t, broadcast(-0.485382795f));
+    p = fma(p, t, broadcast(0.275977075f));
+    p = fma(p, t, broadcast(-0.0251769032f));
+    p = fma(p, t, broadcast(0.202069491f));
+    p = fma(p, t, broadcast(0.243261099f));
+    p = fma(p, t, broadcast(0.282353461f));
+    p = fma(p, t, broadcast(0.282087684f));
+    vf half_tail = x * (p * t) * vexp(-z * z) * 0.5f;  // x * erfc(|x| / sqrt(2)) / 2
+    return x < 0.f ? half_tail : x - half_tail;
+}
+
+// x * (1 + tanh(u)) / 2 with u = sqrt(2 / pi) * (x + 0.044715 x^3); (1 + tanh(u)) / 2 is sigmoid(2 u).
+SERVD_INLINE vf gelu_tanh(vf x) {
+    vf u = x * fma(x * x, broadcast(0.0713548162726f), broadcast(1.59576912160573f));
+    return x / (vexp(-u) + 1.f);
+}
+
+SERVD_INLINE vf activate(int activation, vf x) {
+    switch (activation) {
+        case kSilu: return silu(x);
+        case kGelu: return gelu(x);
+        case kGeluTanh: return gelu_tanh(x);
+        default: return x;
+    }
+}
+
+}  // namespace SERVD_ISA
