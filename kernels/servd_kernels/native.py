@@ -4,6 +4,7 @@ Does not know any op: each op's cpu.py declares the functions that it calls."""
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -59,9 +60,20 @@ class Function:
         raise RuntimeError(missing_reason())
 
 
-@functools.cache
+_loading = threading.Lock()
+
+
 def library() -> Library | None:
-    """The library, compiled first if it is missing or older than its sources; None if that cannot be done."""
+    """The library, compiled first if it is missing or older than its sources; None if that cannot be done.
+
+    Threads that ask together get the same one: two would have two pools and two instruction sets in use.
+    """
+    with _loading:
+        return _load()
+
+
+@functools.cache
+def _load() -> Library | None:
     path = build.compile_library()
     if path is None:
         return None

@@ -15,6 +15,7 @@
 #define SERVD_EXPORT(name) \
     extern "C" __attribute__((visibility("default"))) int SERVD_JOIN(servd_, SERVD_ISA, name)
 #define SERVD_INLINE static inline __attribute__((always_inline))
+#define SERVD_MEMBER __attribute__((always_inline))  // a function inside a class
 
 namespace SERVD_ISA {
 

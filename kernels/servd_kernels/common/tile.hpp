@@ -12,17 +12,36 @@ constexpr int kTileRows = 8, kTileVectors = 3;
 constexpr int kTileRows = 6, kTileVectors = 2;
 #endif
 
+// The rows of A under a tile: row r begins at (*this)[r]. Every fourth row is a base of its own, which the compiler
+// must not compute from the first: eight offsets would not fit into the registers, and would be reloaded each step.
+template <int ROWS, class T>
+struct TileRows {
+    static constexpr int kBases = (ROWS + 3) / 4;
+    const T* bases[kBases];
+    int64_t stride;
+
+    SERVD_MEMBER TileRows(const T* first, int64_t row_stride) : stride(row_stride) {
+#pragma GCC unroll 4
+        for (int b = 0; b < kBases; ++b) {
+            bases[b] = first + 4 * b * row_stride;
+            asm("" : "+r"(bases[b]));
+        }
+    }
+    SERVD_MEMBER const T* operator[](int r) const { return bases[r / 4] + r % 4 * stride; }
+};
+
 // Element (i, r) of A lies at a[r * row_stride + i]; row i of B at b + i * b_stride.
 template <int ROWS, int VECTORS, class T>
 SERVD_INLINE void multiply_tile(const float* a, int64_t row_stride, const T* b, int64_t b_stride, int64_t k,
                                 vf (&acc)[ROWS][VECTORS]) {
+    TileRows<ROWS, float> rows(a, row_stride);
     for (int64_t i = 0; i < k; ++i) {
         vf column[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) column[v] = load(b + i * b_stride + v * W);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-            vf value = broadcast(a[r * row_stride + i]);
+            vf value = broadcast(rows[r][i]);
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v) acc[r][v] = fma(value, column[v], acc[r][v]);
         }

@@ -27,7 +27,7 @@ template <int UNIT>
 struct Instruction {
     using Register = vf;
     static constexpr int kWidth = W;
-    static __attribute__((always_inline)) vf step(vf a, vf b, vf sum) { return fma(a, b, sum); }
+    static SERVD_MEMBER vf step(vf a, vf b, vf sum) { return fma(a, b, sum); }
 };
 
 #if defined(__AVX512BF16__)
@@ -35,7 +35,7 @@ template <>
 struct Instruction<kFmaBFloat16> {
     using Register = __m512;
     static constexpr int kWidth = 32;
-    static __attribute__((always_inline)) __m512 step(__m512 a, __m512 b, __m512 sum) {
+    static SERVD_MEMBER __m512 step(__m512 a, __m512 b, __m512 sum) {
         return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
     }
 };
@@ -45,7 +45,7 @@ template <>
 struct Instruction<kFmaInt8> {
     using Register = __m512i;
     static constexpr int kWidth = 64;
-    static __attribute__((always_inline)) __m512i step(__m512i a, __m512i b, __m512i sum) {
+    static SERVD_MEMBER __m512i step(__m512i a, __m512i b, __m512i sum) {
         // GCC 12 copies and spills the sums of _mm512_dpbusd_epi32: 2.4 times as slow.
         asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
         return sum;
@@ -56,7 +56,7 @@ template <>
 struct Instruction<kFmaInt8> {
     using Register = __m256i;
     static constexpr int kWidth = 32;
-    static __attribute__((always_inline)) __m256i step(__m256i a, __m256i b, __m256i sum) {
+    static SERVD_MEMBER __m256i step(__m256i a, __m256i b, __m256i sum) {
         __m256i pairs = _mm256_maddubs_epi16(a, b);
         return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
@@ -89,11 +89,13 @@ void for_chunks(int64_t bytes, F f) {
     });
 }
 
-constexpr int kLines = 8;  // vectors of one step of a stream
+constexpr int kLines = 8;            // vectors of one step of a stream
+constexpr int64_t kAhead = 8 << 10;  // bytes of prefetch: a core keeps more reads in flight than its own prefetcher
 
 void read_chunk(const char* from, int64_t bytes) {
     constexpr int64_t kStep = kLines * sizeof(vf);
     for (int64_t i = 0; i + kStep <= bytes; i += kStep) {
+        for (int64_t line = 0; line < kStep; line += 64) __builtin_prefetch(from + i + kAhead + line, 0, 2);
 #pragma GCC unroll 8
         for (int line = 0; line < kLines; ++line) {
             vf value = load((const float*)(from + i) + line * W);

@@ -16,10 +16,9 @@ namespace SERVD_ISA {
 namespace {
 
 constexpr int kPanel = kTileVectors * W;
-constexpr int64_t kRowBlock = 64;      // rows of one unit
-constexpr int64_t kDepthBlock = 512;   // of K, even: a panel's block and the rows that meet it share the L2 cache
-constexpr int64_t kPrefetchRun = 32;   // steps of K between two bursts of prefetches
-constexpr int64_t kLine = 64;          // bytes of a cache line
+constexpr int64_t kRowBlock = 64;     // rows of one unit
+constexpr int64_t kDepthBlock = 1024; // of K at most: a panel's block, the next one's and the rows share the L2 cache
+constexpr int64_t kLine = 64;         // bytes of a cache line
 
 #if defined(__AVX512BF16__)
 constexpr bool kPairs = true;
@@ -61,6 +60,7 @@ SERVD_INLINE __m512bh pair_of(const bf16* x, bool both) {
 template <int ROWS>
 SERVD_INLINE void multiply_pairs(const bf16* x, int64_t row_stride, const bf16* panel, int64_t k,
                                  vf (&acc)[ROWS][kTileVectors]) {
+    TileRows<ROWS, bf16> rows(x, row_stride);
     auto step = [&](int64_t i, bool both) __attribute__((always_inline)) {
         __m512bh column[kTileVectors];
 #pragma GCC unroll 4
@@ -68,7 +68,7 @@ SERVD_INLINE void multiply_pairs(const bf16* x, int64_t row_stride, const bf16* 
             column[v] = (__m512bh)_mm512_loadu_si512(panel + i * kPanel + v * W * 2);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-            __m512bh value = pair_of(x + r * row_stride + i, both);
+            __m512bh value = pair_of(rows[r] + i, both);
 #pragma GCC unroll 4
             for (int v = 0; v < kTileVectors; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], column[v], value);
         }
@@ -79,19 +79,33 @@ SERVD_INLINE void multiply_pairs(const bf16* x, int64_t row_stride, const bf16* 
 }
 #endif
 
-// A stretch of memory that a later unit reads, brought to the L2 cache while this one computes.
+// A stretch of memory brought to the L2 cache while a tile is computed: `burst` lines each `run` steps of K.
 struct Prefetch {
     const char* from;
-    int64_t lines;
+    int64_t lines, burst, run;
 
-    __attribute__((always_inline)) void fetch(int64_t count) {
-        for (count = lesser(count, lines); count > 0; --count, --lines, from += kLine) __builtin_prefetch(from, 0, 2);
+    SERVD_MEMBER void fetch() {
+        int64_t count = lesser(burst, lines);
+        lines -= count;
+        for (; count > 0; --count, from += kLine) __builtin_prefetch(from, 0, 2);
     }
 };
 
+// What tile `tile` of `tiles` brings in while they all meet `block` ([depth][kPanel], `bytes` long) in turn. The
+// first reads it from memory, and runs ahead of itself; the others share the same block of the next panel.
+SERVD_INLINE Prefetch prefetch_of(const void* block, int64_t bytes, int64_t to_next, int64_t depth, int64_t tile,
+                                  int64_t tiles) {
+    constexpr int64_t kAhead = 8192, kFirstRun = 4, kRun = 8;
+    const char* from = static_cast<const char*>(block);
+    int64_t all = bytes / kLine;
+    if (tile == 0) return {from + kAhead, all, all * kFirstRun / depth + 1, kFirstRun};
+    int64_t lines = all / (tiles - 1) + 1;
+    return {from + to_next + (tile - 1) * lines * kLine, lines, lines * kRun / depth + 1, kRun};
+}
+
 // sums[ROWS][kPanel] (+)= x[ROWS][depth] * panel[depth][kPanel]. X is T where pairs are multiplied, else float.
 template <int ROWS, class T, class X>
-void multiply_block(const X* x, int64_t x_stride, const T* panel, int64_t depth, bool is_first, Prefetch next,
+void multiply_block(const X* x, int64_t x_stride, const T* panel, int64_t depth, bool is_first, Prefetch prefetch,
                     float* sums) {
     vf acc[ROWS][kTileVectors] = {};
     if (!is_first) {
@@ -100,10 +114,9 @@ void multiply_block(const X* x, int64_t x_stride, const T* panel, int64_t depth,
 #pragma GCC unroll 4
             for (int v = 0; v < kTileVectors; ++v) acc[r][v] = load(sums + r * kPanel + v * W);
     }
-    int64_t burst = (next.lines * kPrefetchRun + depth - 1) / depth;
-    for (int64_t i = 0; i < depth; i += kPrefetchRun) {
-        int64_t run = lesser(kPrefetchRun, depth - i);
-        next.fetch(burst);
+    for (int64_t i = 0; i < depth; i += prefetch.run) {
+        int64_t run = lesser(prefetch.run, depth - i);
+        prefetch.fetch();
 #if defined(__AVX512BF16__)
         if constexpr (IsPaired<T>::value) multiply_pairs<ROWS>(x + i, x_stride, panel + i * kPanel, run, acc);
         else
@@ -125,30 +138,35 @@ struct Call {
     bool is_gated;
 };
 
-// sums[rows][kPanel] = x * panel. While it runs, its share of `next` (the panel that comes next, or null), which
-// all the row blocks of the call bring in together.
-template <class T, class O, class X>
-void multiply_panel(const Call<T, O>& call, const X* x, int64_t x_stride, int64_t first_row, int64_t rows,
-                    const T* panel, const T* next, float* sums) {
-    int64_t passes = (call.m + kTileRows - 1) / kTileRows;
-    for (int64_t depth = 0; depth < call.k; depth += kDepthBlock) {
-        int64_t count = lesser(kDepthBlock, call.k - depth);
-        int64_t lines = next ? (count * kPanel * int64_t(sizeof(T)) / kLine + passes - 1) / passes : 0;
+SERVD_INLINE int64_t tiles_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+
+// Blocks of K as even as can be; each but the last a multiple of 8, which pairs and prefetch runs divide.
+SERVD_INLINE int64_t depth_of_blocks(int64_t k) {
+    int64_t blocks = greater((k + kDepthBlock - 1) / kDepthBlock, 1);
+    return greater((k + blocks - 1) / blocks + 7, 8) / 8 * 8;
+}
+
+// sums[rows][kPanel] = x * panel, for rows first_row.. of the call's m.
+template <class T, class X>
+void multiply_panel(const X* x, int64_t x_stride, int64_t first_row, int64_t rows, int64_t m, const T* panel,
+                    int64_t k, float* sums) {
+    int64_t block_depth = depth_of_blocks(k), panel_bytes = packed_depth<T>(k) * kPanel * sizeof(T);
+    for (int64_t depth = 0; depth < k; depth += block_depth) {
+        int64_t count = lesser(block_depth, k - depth), bytes = packed_depth<T>(count) * kPanel * sizeof(T), row = 0;
+        const T* block = panel + depth * kPanel;
         // Tiles of even height: 9 rows as 5 + 4, not 8 + 1, since a tile's cost hardly falls with its height.
-        int64_t row = 0;
-        for (int64_t tiles = (rows + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
+        for (int64_t tiles = tiles_of(rows); tiles > 0; --tiles) {
             int height = int((rows - row + tiles - 1) / tiles);
-            int64_t pass = (first_row + row) / kTileRows;
-            Prefetch share = {(const char*)(next + depth * kPanel) + pass * lines * kLine, lines};
+            Prefetch prefetch =
+                prefetch_of(block, bytes, panel_bytes, count, tiles_of(first_row + row), tiles_of(m));
             with_count<kTileRows>(height, [&](auto constant) {
-                multiply_block<decltype(constant)::value>(x + row * x_stride + depth, x_stride,
-                                                          panel + depth * kPanel, count, depth == 0, share,
-                                                          sums + row * kPanel);
+                multiply_block<decltype(constant)::value>(x + row * x_stride + depth, x_stride, block, count,
+                                                          depth == 0, prefetch, sums + row * kPanel);
             });
             row += height;
         }
     }
-    if (call.k == 0) memset(sums, 0, rows * kPanel * sizeof(float));
+    if (k == 0) memset(sums, 0, rows * kPanel * sizeof(float));
 }
 
 // Bias, activation, gate and residual; then the one rounding.
@@ -184,16 +202,15 @@ template <class T, class O, class X>
 void compute_unit(const Call<T, O>& call, const X* x, int64_t x_stride, int64_t column_block, int64_t row_block) {
     alignas(64) float sums[kRowBlock * kPanel], gates[kRowBlock * kPanel];
     int64_t row = row_block * kRowBlock, rows = lesser(kRowBlock, call.m - row);
-    int64_t column = column_block * kPanel, size = packed_depth<T>(call.k) * kPanel;
+    int64_t size = packed_depth<T>(call.k) * kPanel;
     const T* panel = call.packed + column_block * (call.is_gated ? 2 : 1) * size;
     x += row * x_stride;
     if (call.is_gated) {
-        multiply_panel(call, x, x_stride, row, rows, panel, panel + size, gates);
+        multiply_panel(x, x_stride, row, rows, call.m, panel, call.k, gates);
         panel += size;
     }
-    const T* next = column + kPanel < call.n ? panel + size : nullptr;
-    multiply_panel(call, x, x_stride, row, rows, panel, next, sums);
-    finish(call, gates, sums, row, rows, column);
+    multiply_panel(x, x_stride, row, rows, call.m, panel, call.k, sums);
+    finish(call, gates, sums, row, rows, column_block * kPanel);
 }
 
 template <class T, class O, class X>

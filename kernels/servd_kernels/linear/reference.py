@@ -1,6 +1,7 @@
 """Owns the plain torch linear that every backend is held to, and that serves where there is no compiler.
 Does not know speed, nor torch's own order of summation."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,9 +20,23 @@ def bind(device: str, dtype: torch.dtype, **axes: object) -> BoundLinear:
     return BoundLinear(pack, run)
 
 
-def pack(weight: torch.Tensor) -> PackedWeight:
+_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+}
+
+
+def pack(weight: torch.Tensor, gated: bool = False) -> PackedWeight:
     """Keeps the weight as it is."""
-    return PackedWeight(weight, weight.shape[0], weight.shape[1], run, lambda ids: functional.embedding(ids, weight))
+    out_features = weight.shape[0] // (2 if gated else 1)
+
+    def rows(ids: torch.Tensor) -> torch.Tensor:
+        if gated:
+            raise ValueError("rows of a gated weight are not kept in order: pack it with gated=False")
+        return functional.embedding(ids, weight)
+
+    return PackedWeight(weight, out_features, weight.shape[1], run, rows, gated=gated)
 
 
 def run(
@@ -29,16 +44,35 @@ def run(
     packed: PackedWeight,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What follows the product is computed in float32 and rounded once, as the contract says."""
+    out_dtype = out_dtype or x.dtype
+    if not packed.gated and activation is None and residual is None:
+        return _product(x, packed.data, bias, out_dtype)
+    out = _product(x, packed.data, bias, torch.float32)
+    up: torch.Tensor | None = None
+    if packed.gated:
+        out, up = out.chunk(2, dim=1)
+    if activation is not None:
+        out = _FUNCTIONS[activation](out)
+    if up is not None:
+        out = out * up
+    return (out if residual is None else out + residual.float()).to(out_dtype)
+
+
+def _product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
     """torch picks its order of summation by shape, so that every product here has the same one: 8 rows, the
     last few padded. That is as batch-invariant as torch allows: a row's place among the 8, and torch's number
     of threads, are out of our hands."""
     rows = len(x)
-    out_dtype = out_dtype or x.dtype
-    weight = packed.data.to(out_dtype)
+    weight = weight.to(out_dtype)
     bias = None if bias is None else bias.to(out_dtype)
     padded = functional.pad(x.to(out_dtype), (0, 0, 0, -rows % _ROWS))
-    out = padded.new_empty(len(padded), packed.out_features)
+    out = padded.new_empty(len(padded), len(weight))
     for first in range(0, rows, _ROWS):
         tile = slice(first, first + _ROWS)
         out[tile] = functional.linear(padded[tile], weight, bias)
