@@ -25,7 +25,8 @@ def hadamard(x, column, WIDTH: tl.constexpr, SCALE: tl.constexpr):
 @triton.jit
 def _divide(x, scale):
     """x / scale, exactly rounded; zero where the scale is: then x is too small for float16 to tell."""
-    return tl.where(scale == 0.0, 0.0, tl.div_rn(x, tl.broadcast_to(scale, x.shape)))
+    is_zero = scale == 0.0
+    return tl.where(is_zero, 0.0, tl.div_rn(x, tl.broadcast_to(tl.where(is_zero, 1.0, scale), x.shape)))
 
 
 @triton.jit

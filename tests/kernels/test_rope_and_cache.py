@@ -90,6 +90,7 @@ def test_codes_and_scales_are_those_of_the_reference(backend: str, pair: tuple[s
             assert torch.equal(actual["q"], expected["q"])
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
 @pytest.mark.parametrize("code", CODES)
 def test_numbers_of_every_size_keep_the_reference_s_bits(backend: str, code: str) -> None:
     arguments = {"dtype": torch.float32, "key": code, "value": code}
@@ -106,6 +107,7 @@ def test_numbers_of_every_size_keep_the_reference_s_bits(backend: str, code: str
     assert_same_cache(actual, expected)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("code", ["bfloat16", "float16", "fp8_e4m3", "int8", "int4"])
 def test_nan_and_infinity_are_not_hidden(backend: str, code: str, bad: float) -> None:

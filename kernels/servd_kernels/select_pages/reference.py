@@ -54,7 +54,7 @@ def run(
         scores = score(q[request], bounds[block_tables[request, :count].long()]).double()
         scores = scores.clamp(max=1e300)  # below what is kept whatever it scores
         scores[:1] = scores[-1:] = torch.inf
-        order = scores.sort(0, descending=True, stable=True).indices[:top_k]
+        order = scores.sort(dim=0, descending=True, stable=True).indices[:top_k]
         pages[request, :, : len(order)] = order.sort(0).values.T.to(torch.int32)
     return pages
 
