@@ -119,6 +119,17 @@ class KVFormat:
         """Both sides hold floating-point numbers as they are."""
         return self.k.code.num_params == 0 and self.v.code.num_params == 0
 
+    @cached_property
+    def native_layout(self) -> Tensor:
+        """The layout as int64 numbers on the host, in the order of `KVLayout` in common/kv_side.hpp."""
+        numbers = [self.block_bytes, self.head_bytes, self.num_kv_heads, self.block_size, self.head_dim]
+        for side in (self.k, self.v):
+            code = side.code
+            numbers += [list(CODES).index(code.name), side.data_offset, side.params_offset, side.row_bytes]
+            numbers += [code.group_size(self.head_dim), side.num_groups * code.num_params, code.is_rotated]
+            numbers += [side is self.k and self.key_words]
+        return torch.tensor(numbers, dtype=torch.int64)
+
     def allocate(self, num_blocks: int, device: torch.device | str = "cpu") -> Tensor:
         """A cache [num_blocks, block_bytes] uint8, undefined but for the null block, which is zero."""
         cache = torch.empty(num_blocks, self.block_bytes, dtype=torch.uint8, device=device)

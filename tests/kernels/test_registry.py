@@ -16,7 +16,17 @@ from servd_kernels import Op, build, native, op_names, registry
 from servd_kernels.kv_format import KVFormat
 from servd_kernels.linear import linear, pack
 
-OPS = ["copy_blocks", "linear", "paged_attention", "rms_norm", "rope_and_cache", "silu_and_mul"]
+OPS = [
+    "copy_blocks",
+    "linear",
+    "page_bounds",
+    "paged_attention",
+    "rms_norm",
+    "rope_and_cache",
+    "select_pages",
+    "silu_and_mul",
+    "swap_blocks",
+]
 KERNELS = Path(build.__file__).parent.parent
 
 

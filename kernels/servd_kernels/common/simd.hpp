@@ -31,6 +31,7 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef uint8_t vb __attribute__((vector_size(W)));
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
@@ -190,6 +191,33 @@ SERVD_INLINE void store_n(T* p, vf v, int64_t n) {
 }
 
 // --- functions ----------------------------------------------------------------------------------------
+
+// Lane i gets lane i ^ S; S is a power of two below W.
+template <int S>
+SERVD_INLINE vf swap_lanes(vf v) {
+#if defined(__AVX512F__)
+    if constexpr (S == 1) return _mm512_permute_ps(v, 0xB1);
+    else if constexpr (S == 2) return _mm512_permute_ps(v, 0x4E);
+    else if constexpr (S == 4) return _mm512_shuffle_f32x4(v, v, 0xB1);
+    else return _mm512_shuffle_f32x4(v, v, 0x4E);
+#elif defined(__AVX2__)
+    if constexpr (S == 1) return _mm256_permute_ps(v, 0xB1);
+    else if constexpr (S == 2) return _mm256_permute_ps(v, 0x4E);
+    else return _mm256_permute2f128_ps(v, v, 1);
+#else
+    vf out;
+    for (int i = 0; i < W; ++i) out[i] = v[i ^ S];
+    return out;
+#endif
+}
+
+SERVD_INLINE int32_t max_lanes(vi v) {
+    int32_t lanes[W], most;
+    memcpy(lanes, &v, sizeof lanes);
+    most = lanes[0];
+    for (int i = 1; i < W; ++i) most = greater(most, lanes[i]);
+    return most;
+}
 
 SERVD_INLINE float sum_lanes(vf v) {
 #if defined(__AVX512F__)

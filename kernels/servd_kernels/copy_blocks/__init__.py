@@ -1,8 +1,9 @@
-"""Owns exact copies of whole KV blocks, in all layers at once (copy-on-write, forks).
-Does not know what a block holds, nor who owns it."""
+"""Owns exact copies of whole KV blocks, in all layers at once (copy-on-write, forks; Kwon et al. 2023, PagedAttention,
+https://arxiv.org/abs/2309.06180). Does not know what a block holds, nor who owns it."""
 
 import torch
 
+from servd_kernels.block_sets import check_ids, check_layers
 from servd_kernels.registry import Op
 
 OP = Op("copy_blocks")
@@ -13,22 +14,16 @@ def copy_blocks(
 ) -> None:
     """Copies block src[i] onto block dst[i] in every cache.
 
-    kv_caches: layers of one shape [num_blocks, ...], strides and dtype (any), each block contiguous; src, dst [n]
-    int64. No block may be in both, nor twice in dst: the order of the copies is free. Raises ValueError.
+    kv_caches: layers [num_blocks, ...] of any dtype, each block contiguous; the layers may differ in the bytes of a
+    block (layers that keep full precision do). src, dst [n] int64, on the caches' device. No block may be in both,
+    nor twice in dst: the order of the copies is free. Raises ValueError for what does not fit, before any copy; the
+    kernels themselves, bound without this function, leave the range of the ids unchecked on a GPU.
     """
-    if src.dim() != 1 or src.shape != dst.shape:
-        raise ValueError(f"src and dst must be [n], not {list(src.shape)} and {list(dst.shape)}")
-    if src.dtype != torch.int64 or dst.dtype != torch.int64:
-        raise ValueError(f"src and dst must be int64, not {src.dtype} and {dst.dtype}")
-    targets = set(dst.tolist())
-    if len(targets) != len(dst) or targets & set(src.tolist()):
-        raise ValueError("a block of dst must not repeat, nor be in src")
+    check_ids(src, dst)
+    if set(dst.tolist()) & set(src.tolist()):
+        raise ValueError("a block of dst must not be in src")
     if not kv_caches:
         return
+    check_layers("kv_caches", kv_caches)
     first = kv_caches[0]
-    for cache in kv_caches:
-        if cache.shape != first.shape or cache.dtype != first.dtype:
-            raise ValueError(f"kv_caches must be alike: {list(cache.shape)} and {list(first.shape)}")
-        if cache.stride() != first.stride() or (len(cache) and not cache[0].is_contiguous()):
-            raise ValueError(f"kv_caches must have contiguous blocks and equal strides, not {list(cache.stride())}")
     OP.bind(first.device.type, first.dtype, backend)(kv_caches, src, dst)

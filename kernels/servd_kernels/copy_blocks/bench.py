@@ -5,18 +5,20 @@ from collections.abc import Callable
 
 from servd_kernels.bench import Case
 from servd_kernels.copy_blocks import OP, reference
+from servd_kernels.kv_format import KVFormat
 
-_LAYERS, _BLOCK_NUMEL = 30, 2 * 3 * 16 * 64
+_LAYERS = 30
 
 
-def _case(copies: int) -> Case:
+def _case(copies: int, code: str) -> Case:
     run = OP.bind("cpu")
+    block_bytes = KVFormat(code, code, 3, 64, 16).block_bytes
 
     def make(seed: int) -> tuple[Callable[[], object], Callable[[], object]]:
-        arguments = tuple(reference.make_inputs(_LAYERS, 3 * copies, _BLOCK_NUMEL, copies, seed=seed).values())
+        arguments = tuple(reference.make_inputs([block_bytes] * _LAYERS, 3 * copies, copies, seed=seed).values())
         return lambda: run(*arguments), lambda: reference.run(*arguments)
 
-    return Case(f"{copies} blocks x {_LAYERS} layers", make, 2 * copies * _LAYERS * _BLOCK_NUMEL * 4)
+    return Case(f"{copies} blocks x {_LAYERS} layers {code}", make, 2 * copies * _LAYERS * block_bytes)
 
 
-CASES = [_case(copies) for copies in (1, 16)]
+CASES = [_case(copies, code) for code in ("bfloat16", "int8") for copies in (1, 16)]

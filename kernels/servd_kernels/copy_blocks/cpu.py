@@ -4,8 +4,9 @@ Does not know threads (cpu.cpp)."""
 import torch
 
 from servd_kernels import native
+from servd_kernels.block_sets import bytes_of_blocks, places
 
-_KERNEL = native.Function("copy_blocks", "plppllll")
+_KERNEL = native.Function("copy_blocks", "pppllppl")
 
 
 def supports(device: str, dtype: torch.dtype, **axes: object) -> str | None:
@@ -16,14 +17,12 @@ def supports(device: str, dtype: torch.dtype, **axes: object) -> str | None:
 def run(kv_caches: list[torch.Tensor], src: torch.Tensor, dst: torch.Tensor) -> None:
     if not kv_caches:
         return
-    first = kv_caches[0]
-    caches = torch.tensor([cache.data_ptr() for cache in kv_caches], dtype=torch.int64)
-    size = first.element_size()
-    block_bytes = first[0].numel() * size
+    num_blocks, layers = len(kv_caches[0]), len(kv_caches)
+    table = torch.tensor(places(kv_caches) + bytes_of_blocks(kv_caches), dtype=torch.int64).view(3, layers)
+    addresses, strides, block_bytes = (row.data_ptr() for row in table)
     src, dst = src.contiguous(), dst.contiguous()
     fault = _KERNEL.call(
-        caches.data_ptr(), len(kv_caches), src.data_ptr(), dst.data_ptr(), len(src), len(first),
-        block_bytes, first.stride(0) * size,
+        addresses, strides, block_bytes, layers, num_blocks, src.data_ptr(), dst.data_ptr(), len(src)
     )  # fmt: skip
     if fault:
-        raise ValueError(f"block ids must be in 0..{len(first) - 1}, not {src.tolist()} and {dst.tolist()}")
+        raise ValueError(f"block ids must be in 0..{num_blocks - 1}, not {src.tolist()} and {dst.tolist()}")

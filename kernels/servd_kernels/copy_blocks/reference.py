@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from servd_kernels.block_sets import check_range
+
 
 def supports(device: str, dtype: torch.dtype, **axes: object) -> str | None:
     return None
@@ -12,21 +14,21 @@ def supports(device: str, dtype: torch.dtype, **axes: object) -> str | None:
 
 def run(kv_caches: list[torch.Tensor], src: torch.Tensor, dst: torch.Tensor) -> None:
     for cache in kv_caches:
-        for ids in (src, dst):
-            if bool(((ids < 0) | (ids >= len(cache))).any()):
-                raise ValueError(f"block ids must be in 0..{len(cache) - 1}, not {ids.tolist()}")
+        check_range(src, len(cache))
+        check_range(dst, len(cache))
+    for cache in kv_caches:
         cache[dst] = cache[src]
 
 
 def make_inputs(
-    layers: int, num_blocks: int, block_numel: int, copies: int, dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
+    block_numels: list[int], num_blocks: int, copies: int, dtype: torch.dtype = torch.uint8, seed: int = 0
+) -> dict[str, Any]:
+    """A layer for each of block_numels; their bytes are random."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randperm(num_blocks, generator=generator)
-    caches = [torch.randn(num_blocks, block_numel, generator=generator) for _ in range(layers)]
-    return {
-        "kv_caches": [cache.to(dtype) for cache in caches],
-        "src": ids[:copies].clone(),
-        "dst": ids[copies : 2 * copies].clone(),
-    }
+    sizes = [numel * dtype.itemsize for numel in block_numels]
+    caches = [
+        torch.randint(0, 256, (num_blocks, size), dtype=torch.uint8, generator=generator).view(dtype)
+        for size in sizes
+    ]
+    return {"kv_caches": caches, "src": ids[:copies].clone(), "dst": ids[copies : 2 * copies].clone()}

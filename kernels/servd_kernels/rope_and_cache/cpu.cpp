@@ -1,6 +1,7 @@
 // Owns: rotary embedding of q and k, and the write of k and v into their pages, in one pass over the tokens.
-// Does not know: how slots were assigned.
+// Does not know: how slots were assigned, or how a row is encoded (kv_side.hpp).
 #include "../common/kernel.hpp"
+#include "../common/kv_side.hpp"
 
 namespace SERVD_ISA {
 namespace {
@@ -49,61 +50,77 @@ struct Call {
     int64_t rotary_dim;
     const int64_t* slots;
     void* cache;
-    int64_t block_stride, kv_stride, head_stride, token_stride, block_size, head_dim;
+    const KVLayout& layout;
     bool interleaved;
 };
 
+// x may equal out; dimensions from rotary_dim on are left to the caller.
+template <class T>
+void rotate(const Call& call, int64_t token, const T* x, T* out) {
+    int64_t half = call.rotary_dim / 2;
+    const float* cosine = call.cos_sin + call.positions[token] * call.rotary_dim;
+    if (call.interleaved) rotate_interleaved(x, out, cosine, cosine + half, half);
+    else rotate_half_split(x, out, cosine, cosine + half, half);
+}
+
+// Queries are turned like rotated keys, so that their dot products stay the same.
+template <class T>
+void transform_query(T* q, int64_t head_dim) {
+    alignas(64) float values[kMaxKvHeadDim + W];
+    convert_row(q, values, head_dim);
+    hadamard(values, head_dim);
+    convert_row(values, q, head_dim);
+}
+
 template <class T>
 void process_token(const Call& call, int64_t token) {
-    int64_t half = call.rotary_dim / 2, rest = call.head_dim - call.rotary_dim;
-    const float* cosine = call.cos_sin + call.positions[token] * call.rotary_dim;
-    auto rotate = [&](const T* x, T* out) {
-        if (call.interleaved) rotate_interleaved(x, out, cosine, cosine + half, half);
-        else rotate_half_split(x, out, cosine, cosine + half, half);
-    };
+    const KVLayout& layout = call.layout;
     for (int64_t h = 0; h < call.q.count; ++h) {
         T* q = call.q.at<T>(token, h);
-        rotate(q, q);
+        rotate(call, token, q, q);
+        if (layout.k.is_rotated) transform_query(q, layout.head_dim);
     }
     int64_t slot = call.slots[token];
     if (slot < 0) return;
-    T* page = static_cast<T*>(call.cache) + slot / call.block_size * call.block_stride +
-              slot % call.block_size * call.token_stride;
+    int64_t offset = slot % layout.block_size, rest = layout.head_dim - call.rotary_dim;
+    alignas(64) T turned[kMaxKvHeadDim];
+    KVRow row;
     for (int64_t h = 0; h < call.k.count; ++h) {
-        T* key = page + h * call.head_stride;
+        uint8_t* head = layout.head(call.cache, slot, h);
         const T* k = call.k.at<T>(token, h);
-        rotate(k, key);
-        memcpy(key + call.rotary_dim, k + call.rotary_dim, rest * sizeof(T));
-        memcpy(key + call.kv_stride, call.v.at<T>(token, h), call.head_dim * sizeof(T));
+        rotate(call, token, k, turned);
+        memcpy(turned + call.rotary_dim, k + call.rotary_dim, rest * sizeof(T));
+        encode_row(layout.k, turned, layout.head_dim, row);
+        place_row(layout, layout.k, row, head, offset);
+        encode_row(layout.v, call.v.at<T>(token, h), layout.head_dim, row);
+        place_row(layout, layout.v, row, head, offset);
     }
 }
 
 }  // namespace
 }  // namespace SERVD_ISA
 
-// Rotates q in place and writes rotated k, and v, to the cache; strides in elements. Returns 1 for a position
-// outside cos_sin, 2 for a slot outside the cache; then nothing was written.
+// Rotates q in place and writes rotated k, and v, to the cache; strides in elements. layout: KVLayout. Returns 1 for
+// a position outside cos_sin, 2 for a slot outside the cache; then nothing was written.
 SERVD_EXPORT(rope_and_cache)(void* q, int64_t q_token_stride, int64_t q_head_stride, int64_t q_heads, void* k,
                              int64_t k_token_stride, int64_t k_head_stride, void* v, int64_t v_token_stride,
-                             int64_t v_head_stride, int64_t kv_heads, const int64_t* positions,
-                             const float* cos_sin, int64_t max_position, int64_t rotary_dim,
-                             const int64_t* slots, void* cache, int64_t block_stride, int64_t kv_stride,
-                             int64_t head_stride, int64_t token_stride, int64_t num_blocks,
-                             int64_t block_size, int64_t num_tokens, int64_t head_dim, int interleaved,
+                             int64_t v_head_stride, const int64_t* positions, const float* cos_sin,
+                             int64_t max_position, int64_t rotary_dim, const int64_t* slots, void* cache,
+                             const void* layout, int64_t num_blocks, int64_t num_tokens, int interleaved,
                              int dtype) {
     using namespace SERVD_ISA;
+    const KVLayout& kv = *static_cast<const KVLayout*>(layout);
     for (int64_t t = 0; t < num_tokens; ++t) {
         if (positions[t] < 0 || positions[t] >= max_position) return 1;
-        if (slots[t] < -1 || slots[t] >= num_blocks * block_size) return 2;
+        if (slots[t] < -1 || slots[t] >= num_blocks * kv.block_size) return 2;
     }
     Call call = {{q, q_heads, q_token_stride, q_head_stride},
-                 {k, kv_heads, k_token_stride, k_head_stride},
-                 {v, kv_heads, v_token_stride, v_head_stride},
-                 positions, cos_sin, rotary_dim, slots, cache, block_stride, kv_stride, head_stride,
-                 token_stride, block_size, head_dim, interleaved != 0};
+                 {k, kv.kv_heads, k_token_stride, k_head_stride},
+                 {v, kv.kv_heads, v_token_stride, v_head_stride},
+                 positions, cos_sin, rotary_dim, slots, cache, kv, interleaved != 0};
     return with_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        parallel(num_tokens, num_tokens * (q_heads + 2 * kv_heads) * head_dim,
+        parallel(num_tokens, num_tokens * (q_heads + 2 * kv.kv_heads) * kv.head_dim,
                  [&call](int64_t token) { process_token<T>(call, token); });
         return 0;
     });

@@ -12,6 +12,14 @@ def supports(device: str, dtype: torch.dtype, **axes: object) -> str | None:
     return None
 
 
+def check_values(positions: torch.Tensor, max_position: int, slot_mapping: torch.Tensor, num_slots: int) -> None:
+    """Raises ValueError for one out of range. Reads them on the host: on a GPU that waits for the device."""
+    if bool(((positions < 0) | (positions >= max_position)).any()):
+        raise ValueError(f"positions must be in 0..{max_position - 1}")
+    if bool(((slot_mapping < -1) | (slot_mapping >= num_slots)).any()):
+        raise ValueError(f"slots must be in -1..{num_slots - 1}")
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """x [num_tokens, heads, head_dim]; cos, sin [num_tokens, 1, rotary_dim / 2]."""
     half = cos.shape[-1]
@@ -36,11 +44,7 @@ def run(
     kv_format: KVFormat,
     interleaved: bool = False,
 ) -> torch.Tensor:
-    num_slots = len(kv_cache) * kv_format.block_size
-    if bool(((positions < 0) | (positions >= len(cos_sin))).any()):
-        raise ValueError(f"positions must be in 0..{len(cos_sin) - 1}")
-    if bool(((slot_mapping < -1) | (slot_mapping >= num_slots)).any()):
-        raise ValueError(f"slots must be in -1..{num_slots - 1}")
+    check_values(positions, len(cos_sin), slot_mapping, len(kv_cache) * kv_format.block_size)
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
     kept = slot_mapping >= 0
     for side, x in ((kv_format.k, rotate(k, cos, sin, interleaved)), (kv_format.v, v)):
