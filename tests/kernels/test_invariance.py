@@ -47,7 +47,7 @@ def test_a_row_alone_in_a_few_and_elsewhere(backend: str, op: str, dtype: torch.
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_change_nothing(backend: str, restore_threads: None, dtype: torch.dtype) -> None:
     x = torch.randn(ROWS, 578, generator=torch.Generator().manual_seed(1)).to(dtype)
-    attention = attention_reference.make_inputs([1, 33, 1], [1900, 60, 1], 6, 2, 64, dtype=dtype)
+    attention = attention_inputs(backend, [1, 33, 1], [1900, 60, 1], 6, 2, 64, dtype=dtype)
     results = []
     for threads in (1, 2, 3):
         native.set_num_threads(threads)
@@ -70,27 +70,51 @@ def slice_request(inputs: dict[str, Any], request: int, begin: int, end: int) ->
     }
 
 
-@pytest.mark.parametrize("window", [0, 100])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_chunking(backend: str, dtype: torch.dtype, window: int) -> None:
-    inputs = attention_reference.make_inputs(
-        [1, 70, 23], [50, 640, 23], 6, 2, 40, block_size=8, dtype=dtype, options=AttentionOptions(sliding_window=window)
-    )
-    whole = paged_attention(**inputs, backend=backend)
+def attention_inputs(backend: str, *sizes: Any, **kinds: Any) -> dict[str, Any]:
+    """Inputs with keys laid as the backend reads them: native kernels want words."""
+    return attention_reference.make_inputs(*sizes, **kinds, key_words=backend == "cpu")
+
+
+SINK_LOGITS = torch.tensor([0.5, -1.0, 3.0, 0.0, 1.0, 2.0])
+OPTIONS = {
+    "plain": AttentionOptions(),
+    "window": AttentionOptions(sliding_window=100),
+    "all": AttentionOptions(20, SINK_LOGITS.abs() / 8, 5.0, 200, 10, SINK_LOGITS),
+}
+KINDS = [(torch.float32, "float32"), (torch.float16, "float16")] + [
+    (torch.bfloat16, code) for code in ("bfloat16", "fp8_e4m3", "int8", "int4")
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("dtype", "code"), KINDS)
+def test_attention_chunking(backend: str, dtype: torch.dtype, code: str, options: str) -> None:
+    inputs = attention_inputs(
+        backend, [1, 70, 23], [50, 640, 23], 6, 2, 40,
+        block_size=8, dtype=dtype, key=code, value=code, options=OPTIONS[options],
+    )  # fmt: skip
+    whole = paged_attention(**inputs, return_lse=True, backend=backend)
     starts = inputs["cu_seqlens_q"].tolist()
     for chunk in (1, 7, 32):
         parts = []
         for request in range(3):
             count = starts[request + 1] - starts[request]
-            for begin in range(0, count, chunk):
+            begins = range(0, count, chunk)
+            if chunk == 1:  # one row a call is slow: the first and last of them, and some in between
+                begins = sorted({*range(0, count, 19), count - 1})
+            for begin in begins:
                 step = slice_request(inputs, request, begin, min(begin + chunk, count))
-                parts.append(paged_attention(**step, backend=backend))
-        assert torch.equal(torch.cat(parts), whole), f"in chunks of {chunk}"
+                rows = slice(starts[request] + begin, starts[request] + min(begin + chunk, count))
+                parts.append((rows, paged_attention(**step, return_lse=True, backend=backend)))
+        for rows, (out, lse) in parts:
+            assert torch.equal(out, whole[0][rows]), f"rows {rows} in chunks of {chunk}"
+            assert torch.equal(lse, whole[1][rows]), f"lse of rows {rows} in chunks of {chunk}"
 
 
-def test_attention_place_in_a_batch_of_64(backend: str) -> None:
+@pytest.mark.parametrize("code", ["float32", "int8"])
+def test_attention_place_in_a_batch_of_64(backend: str, code: str) -> None:
     lengths = [1 + 13 * i % 97 for i in range(63)] + [1500]
-    inputs = attention_reference.make_inputs([1] * 64, lengths, 6, 2, 64)
+    inputs = attention_inputs(backend, [1] * 64, lengths, 6, 2, 64, key=code, value=code)
     whole = paged_attention(**inputs, backend=backend)
     reordered = {
         **inputs,
@@ -99,14 +123,36 @@ def test_attention_place_in_a_batch_of_64(backend: str) -> None:
         "block_tables": inputs["block_tables"].flip(0),
     }
     assert torch.equal(paged_attention(**reordered, backend=backend).flip(0), whole)
-    alone = [paged_attention(**slice_request(inputs, i, 0, 1), backend=backend) for i in range(64)]
-    assert torch.equal(torch.cat(alone), whole)
+    for i in (0, 1, 7, 31, 62, 63):
+        assert torch.equal(paged_attention(**slice_request(inputs, i, 0, 1), backend=backend), whole[i : i + 1])
 
 
-def test_block_size_changes_nothing(backend: str) -> None:
+def test_attention_beside_a_prefill(backend: str) -> None:
+    """Decodes of a mixed step, of which one spans several splits, equal decodes alone."""
+    inputs = attention_inputs(backend, [1, 90, 1, 3], [1200, 90, 30, 700], 6, 2, 64, dtype=torch.bfloat16)
+    whole = paged_attention(**inputs, backend=backend)
+    starts = inputs["cu_seqlens_q"].tolist()
+    for request in (0, 2, 3):
+        count = starts[request + 1] - starts[request]
+        alone = paged_attention(**slice_request(inputs, request, 0, count), backend=backend)
+        assert torch.equal(alone, whole[starts[request] : starts[request + 1]]), f"request {request}"
+
+
+@pytest.mark.parametrize("code", ["float32", "int8", "int4"])
+def test_all_pages_are_the_whole_attention(backend: str, code: str) -> None:
+    inputs = attention_inputs(backend, [1, 1], [1100, 90], 4, 2, 64, key=code, value=code)
+    pages = torch.full((2, 2, 70), -1, dtype=torch.int32)
+    for request, blocks in enumerate((69, 6)):
+        pages[request, :, :blocks] = torch.arange(blocks)
+    whole = paged_attention(**inputs, backend=backend)
+    assert torch.equal(paged_attention(**inputs, pages=pages, backend=backend), whole)
+
+
+@pytest.mark.parametrize("code", ["float32", "int4"])
+def test_block_size_changes_nothing(backend: str, code: str) -> None:
     outs = [
         paged_attention(
-            **attention_reference.make_inputs([1, 9], [600, 30], 4, 2, 64, block_size=size),
+            **attention_inputs(backend, [1, 9], [600, 30], 4, 2, 64, block_size=size, key=code, value=code),
             backend=backend,
         )
         for size in (1, 16, 37)

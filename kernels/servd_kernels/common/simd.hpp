@@ -263,4 +263,17 @@ SERVD_INLINE vf vexp(vf x) {
     return x < -87.3f ? vf{} : y * (vf)power;
 }
 
+// tanh within 3 units in the last place: an odd polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel.
+SERVD_INLINE vf vtanh(vf x) {
+    vf size = (vf)((vi)x & 0x7fffffff), square = x * x;
+    vf far = 1.f - 2.f / (vexp(size + size) + 1.f);
+    far = (vf)((vi)far | ((vi)x & (vi)(vu{} + 0x80000000u)));
+    vf y = broadcast(-5.70498872745e-3f);
+    y = fma(y, square, broadcast(2.06390887954e-2f));
+    y = fma(y, square, broadcast(-5.37397155531e-2f));
+    y = fma(y, square, broadcast(1.33314422036e-1f));
+    y = fma(y, square, broadcast(-3.33332819422e-1f));
+    return size < 0.625f ? fma(y * square, x, x) : far;
+}
+
 }  // namespace SERVD_ISA

@@ -1,20 +1,22 @@
 """Owns the call of the native paged attention.
-Does not know its schedule (cpu.cpp) or arithmetic (span.hpp)."""
+Does not know its schedule (cpu.cpp) or arithmetic (span.hpp and what it includes)."""
+
+import ctypes
+import functools
 
 import torch
 
 from servd_kernels import native
-from servd_kernels.kv_format import KVFormat
+from servd_kernels.kv_format import CODES, KVFormat, KVSide
 from servd_kernels.paged_attention.faults import FAULTS
 from servd_kernels.paged_attention.options import PLAIN, AttentionOptions
 
-_KERNEL = native.Function("paged_attention", "pllpllllpppllllllllflpi")
-_MAX_HEAD_DIM = 256  # kMaxHeadDim of span.hpp
+_KERNEL = native.Function("paged_attention", "ppllipl" + "ppp" + "llllf" + "pl" + "pp" + "lllf" + "pp")
+_MAX_HEAD_DIM = 256  # kMaxHeadDim of call.hpp
+_CODE_NUMBERS = {name: number for number, name in enumerate(CODES)}  # enum Code of call.hpp
 
 
 def supports(device: str, dtype: torch.dtype, *, kv_format: KVFormat, **axes: object) -> str | None:
-    if kv_format.k.code.dtype != dtype or kv_format.v.code.dtype != dtype or kv_format.key_words:
-        return f"it reads rows of {dtype}, not {kv_format.key} keys and {kv_format.value} values"
     if kv_format.head_dim > _MAX_HEAD_DIM:
         return f"head_dim must be at most {_MAX_HEAD_DIM}, not {kv_format.head_dim}"
     return native.unsupported(device, dtype)
@@ -33,21 +35,39 @@ def run(
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     num_tokens, q_heads, head_dim = q.shape
-    num_blocks, kv_heads, block_size = len(kv_cache), kv_format.num_kv_heads, kv_format.block_size
     num_reqs, max_blocks = block_tables.shape
     q_token, q_head, _ = q.stride()
-    block_stride, head_stride = kv_format.block_bytes // q.itemsize, kv_format.head_bytes // q.itemsize
-    kv_stride, token_stride = block_size * head_dim, head_dim
-    window = options.sliding_window
     if not block_tables.is_contiguous():
         block_tables = block_tables.contiguous()
     out = torch.empty(num_tokens, q_heads, head_dim, dtype=q.dtype)
+    lse = torch.empty(num_tokens, q_heads) if return_lse else None
     fault = _KERNEL.call(
-        q.data_ptr(), q_token, q_head, kv_cache.data_ptr(), block_stride, kv_stride, head_stride,
-        token_stride, cu_seqlens_q.data_ptr(), seq_lens.data_ptr(), block_tables.data_ptr(), max_blocks,
-        num_reqs, num_tokens, q_heads, kv_heads, num_blocks, block_size, head_dim, scale, window,
-        out.data_ptr(), native.DTYPES[q.dtype],
+        _layout(kv_format), q.data_ptr(), q_token, q_head, native.DTYPES[q.dtype], kv_cache.data_ptr(), len(kv_cache),
+        cu_seqlens_q.data_ptr(), seq_lens.data_ptr(), block_tables.data_ptr(),
+        max_blocks, num_reqs, num_tokens, q_heads, scale,
+        _pointer(pages), 0 if pages is None else pages.shape[2], out.data_ptr(), _pointer(lse),
+        options.sliding_window, options.num_sink_tokens, options.logn_train_len, options.logit_softcap,
+        _pointer(options.alibi_slopes), _pointer(options.sink_logits),
     )  # fmt: skip
     if fault:
         raise ValueError(FAULTS[fault])
-    return out
+    return out if lse is None else (out, lse)
+
+
+@functools.lru_cache
+def _layout(kv_format: KVFormat) -> ctypes.Array[ctypes.c_int64]:
+    """The struct Format of call.hpp."""
+
+    def side(s: KVSide) -> tuple[int, ...]:
+        code = _CODE_NUMBERS[s.code.name]
+        return code, s.data_offset, s.params_offset, s.row_bytes, s.num_groups, s.code.num_params
+
+    numbers = (
+        kv_format.num_kv_heads, kv_format.head_dim, kv_format.block_size, kv_format.block_bytes,
+        kv_format.head_bytes, int(kv_format.key_words), *side(kv_format.k), *side(kv_format.v),
+    )  # fmt: skip
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

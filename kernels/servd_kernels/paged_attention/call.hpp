@@ -1,0 +1,115 @@
+// Owns: what attention is asked: the arrays of one call, the cache's layout, and which keys a row sees.
+// Does not know: any arithmetic on keys or values.
+#pragma once
+#include "../common/kernel.hpp"
+
+namespace SERVD_ISA {
+namespace {
+
+constexpr int kTokens = 64;           // keys of a tile; what a row sees of it is one 64-bit mask
+constexpr int kRun = 16;              // neighbouring keys of a tile that are loaded together
+constexpr int kRuns = kTokens / kRun;
+constexpr int kSpan = 8 * kTokens;    // keys with a softmax state of their own
+constexpr int kRows = 96;             // query rows (token, head of the group) that share one load of the keys
+constexpr int kMaxHeadDim = 256;
+constexpr int kMaxGroups = kMaxHeadDim / 8;
+
+// The order of kv_format.CODES.
+enum Code : int64_t { kCodeFloat32, kCodeBFloat16, kCodeFloat16, kCodeFp8, kCodeInt8, kCodeInt4 };
+
+// cpu.py passes these two as arrays of int64, in this order; bytes.
+struct Side {
+    int64_t code, data_offset, params_offset, row_bytes, num_groups, num_params;
+};
+struct Format {
+    int64_t kv_heads, head_dim, block_size, block_bytes, head_bytes, key_words;
+    Side k, v;
+};
+
+struct Call {
+    const Format* format;
+    const void* q;
+    int64_t q_token_stride, q_head_stride;
+    int q_dtype;
+    const char* cache;
+    const int32_t *cu_seqlens_q, *seq_lens, *block_tables;
+    int64_t table_stride, num_reqs, q_heads;
+    float scale;
+    const int32_t* pages;  // [num_reqs, kv_heads, max_pages] or null
+    int64_t max_pages;
+    void* out;
+    float* lse;  // [num_tokens, q_heads] or null
+    int64_t window, num_sinks, logn_length;
+    float softcap;
+    const float *alibi_slopes, *sink_logits;  // [q_heads] or null
+
+    int64_t group() const { return q_heads / format->kv_heads; }
+};
+
+// A run of rows of one request and one key/value head. Row i is token i / group, head i % group.
+struct Unit {
+    int32_t request, kv_head, first_row, rows;
+};
+
+struct Range {
+    int64_t begin, end;
+};
+
+SERVD_INLINE int64_t position_of(const Call& call, const Unit& unit, int row) {
+    int64_t tokens = call.cu_seqlens_q[unit.request + 1] - call.cu_seqlens_q[unit.request];
+    return call.seq_lens[unit.request] - tokens + (unit.first_row + row) / call.group();
+}
+
+// The first key that the window leaves to a query at `position`.
+SERVD_INLINE int64_t window_begin(const Call& call, int64_t position) {
+    return call.window > 0 ? greater(position + 1 - call.window, 0) : 0;
+}
+
+// The keys that any row of the unit may see, and those between.
+SERVD_INLINE Range reach(const Call& call, const Unit& unit) {
+    int64_t first = window_begin(call, position_of(call, unit, 0));
+    return {call.num_sinks > 0 ? 0 : first, position_of(call, unit, unit.rows - 1) + 1};
+}
+
+// Tokens [begin, end) as bits of the tile that begins at token t.
+SERVD_INLINE uint64_t bits_between(int64_t begin, int64_t end, int64_t t) {
+    int64_t low = lesser(greater(begin - t, 0), kTokens), high = lesser(greater(end - t, 0), kTokens);
+    return low < high ? (~uint64_t(0) >> (kTokens - (high - low))) << low : 0;
+}
+
+// What queries at positions first..last see of the tile at t, pages aside. Their windows overlap.
+SERVD_INLINE uint64_t seen_by(const Call& call, int64_t first, int64_t last, int64_t t) {
+    uint64_t bits = bits_between(window_begin(call, first), last + 1, t);
+    if (call.num_sinks > 0) bits |= bits_between(0, lesser(call.num_sinks, window_begin(call, last)), t);
+    return bits;
+}
+
+// The tokens of the tile at t that lie in pages chosen for the unit.
+inline uint64_t chosen_bits(const Call& call, const Unit& unit, int64_t t) {
+    if (!call.pages) return ~uint64_t(0);
+    int64_t size = call.format->block_size, low = 0, high = call.max_pages;
+    // As unsigned numbers the pages ascend to the end: -1 is the largest.
+    auto* pages = reinterpret_cast<const uint32_t*>(
+        call.pages + (unit.request * call.format->kv_heads + unit.kv_head) * call.max_pages);
+    while (low < high) {
+        int64_t middle = (low + high) / 2;
+        if (pages[middle] < t / size) low = middle + 1;
+        else high = middle;
+    }
+    uint64_t bits = 0;
+    for (; low < call.max_pages && int64_t(pages[low]) * size < t + kTokens; ++low)
+        bits |= bits_between(pages[low] * size, (pages[low] + int64_t(1)) * size, t);
+    return bits;
+}
+
+// The part of the block that holds token `token` of the unit's request, for the unit's head.
+SERVD_INLINE const char* head_of(const Call& call, const Unit& unit, int64_t token) {
+    const Format& format = *call.format;
+    int64_t block = call.block_tables[unit.request * call.table_stride + token / format.block_size];
+    return call.cache + block * format.block_bytes + unit.kv_head * format.head_bytes;
+}
+
+SERVD_INLINE int64_t padded_width(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+
+}  // namespace
+}  // namespace SERVD_ISA
