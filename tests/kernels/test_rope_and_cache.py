@@ -135,6 +135,21 @@ def test_rotated_keys_keep_their_dot_products_with_queries(backend: str) -> None
     assert error.norm() < 0.12 * scores[0].norm()  # the error of 4 bits, not that of another basis
 
 
+def test_an_order_of_dimensions_keeps_dot_products_and_the_reference_s_bits(backend: str) -> None:
+    arguments = {"dtype": torch.float32, "key": "int4", "value": "int4", "key_words": layouts(backend)[-1]}
+    plain, ordered, expected = (reference.make_inputs(6, 4, 2, 64, **arguments) for _ in range(3))
+    order = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]).int()
+    scores = []
+    for inputs, key_order in ((plain, None), (ordered, order)):
+        q = rope_and_cache(**inputs, key_order=key_order, backend=backend)
+        keys = inputs["kv_format"].read(inputs["kv_cache"], inputs["kv_format"].k, inputs["slot_mapping"])
+        scores.append(torch.einsum("nhd,thd->nht", q, keys.repeat_interleave(2, 1)))
+    assert (scores[1] - scores[0]).norm() < 0.15 * scores[0].norm()
+    reference.run(**expected, key_order=order)
+    assert_same_cache(ordered, expected)
+    assert torch.equal(ordered["q"], expected["q"])
+
+
 @pytest.mark.parametrize("key_words", [False, True])
 def test_a_token_s_bytes_do_not_depend_on_its_batch(backend: str, key_words: bool) -> None:
     key_words = key_words and backend != "triton"

@@ -61,7 +61,8 @@ def test_caches_that_do_not_fit_are_refused() -> None:
 
 
 def test_copy_engines_are_not_chosen_on_cpu() -> None:
-    assert OP.bind("cpu", torch.uint8).__module__ in ("servd_kernels.swap_blocks.cpu", "servd_kernels.swap_blocks.reference")
+    chosen = OP.bind("cpu", torch.uint8).__module__
+    assert chosen in ("servd_kernels.swap_blocks.cpu", "servd_kernels.swap_blocks.reference")
     with pytest.raises(ValueError, match="copy engines of a GPU"):
         OP.bind("cpu", torch.uint8, backend="library")
 

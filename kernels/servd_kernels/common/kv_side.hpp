@@ -125,41 +125,103 @@ SERVD_INLINE float largest_magnitude(const float* x, int64_t padded) {
     return value;
 }
 
-// One float16 scale for the row: largest magnitude / `limit`, the code's largest number.
-SERVD_INLINE void encode_scaled(const float* x, int64_t padded, int64_t code, float limit, KVRow& row) {
-    row.params[0] = float_to_half(largest_magnitude(x, padded) / limit);
+// One float16 scale for the row: largest magnitude / 127.
+SERVD_INLINE void encode_int8(const float* x, int64_t padded, KVRow& row) {
+    row.params[0] = float_to_half(largest_magnitude(x, padded) / 127.f);
     float scale = half_to_float(row.params[0]);
     for (int64_t i = 0; i < padded; i += W) {
-        vf v = scale == 0.f ? vf{} : clamp(load(x + i) / scale, -limit, limit);
-        store_bytes(row.codes + i, code == kCodeFp8 ? encode_e4m3(v) : round_to_int(v));
+        vf v = scale == 0.f ? vf{} : clamp(load(x + i) / scale, -127.f, 127.f);
+        store_bytes(row.codes + i, round_to_int(v));
     }
 }
 
-// Codes 0..15 above the minimum of each group, one a byte; params are [num_groups][scale, minimum].
+// One float16 scale for the row: that number of the top octave for the largest magnitude with which the squared error
+// is least, see `_encode_fp8` of kv_format.py. x is zero from head_dim to padded.
+SERVD_INLINE void encode_fp8(const float* x, int64_t padded, KVRow& row) {
+    float most = largest_magnitude(x, padded), best = 0.f;
+    uint8_t trial[kMaxKvHeadDim + W];
+    for (int limit = 448; limit >= 256; limit -= 32) {
+        uint16_t stored = float_to_half(most / float(limit));
+        float scale = half_to_float(stored);
+        vf error = {};
+        for (int64_t i = 0; i < padded; i += W) {
+            vf v = load(x + i);
+            vi code = encode_e4m3(scale == 0.f ? vf{} : clamp(v / scale, -448.f, 448.f));
+            store_bytes(trial + i, code);
+            vf off = fma(decode_e4m3((vu)code), broadcast(scale), -v);
+            error += off * off;
+        }
+        float sum = sum_lanes(error);
+        if (limit == 448 || sum < best) {
+            best = sum;
+            row.params[0] = stored;
+            memcpy(row.codes, trial, padded);
+        }
+    }
+}
+
+// The sums over a group that tell how well a scale and a minimum suit it, and which would suit its codes best.
+struct GroupSums {
+    float error, codes, squares, products;  // of squared errors; of c, c * c, c * (x - mean)
+};
+
+// Codes 0..15 of a group under a scale and a minimum. Lanes from `group` on count for nothing.
+SERVD_INLINE GroupSums encode_group_with(const float* x, int64_t group, float mean, float scale, float minimum,
+                                         uint8_t* numbers) {
+    vf error = {}, codes = {}, squares = {}, products = {};
+    vi lane;
+    for (int i = 0; i < W; ++i) lane[i] = i;
+    for (int64_t i = 0; i < group; i += W) {
+        vi is_in = lane < int32_t(lesser(group - i, int64_t(W)));
+        vf v = load(x + i);
+        vi number = scale == 0.f ? vi{} : round_to_int(clamp((v - minimum) / scale, 0.f, 15.f));
+        store_bytes(numbers + i, number);
+        vf c = __builtin_convertvector(number, vf), off = fma(c, broadcast(scale), minimum - v);
+        error += is_in ? off * off : vf{};
+        codes += is_in ? c : vf{};
+        squares += is_in ? c * c : vf{};
+        products += is_in ? c * (v - mean) : vf{};
+    }
+    return {sum_lanes(error), sum_lanes(codes), sum_lanes(squares), sum_lanes(products)};
+}
+
+constexpr int kFitPasses = 3;  // FIT_PASSES of kv_format.py, which tells the method
+
+// Codes 0..15 above the minimum of a group, one a byte; params: scale, minimum. x and numbers have room for W more.
 SERVD_INLINE void encode_group(const float* x, int64_t group, uint8_t* numbers, uint16_t* params) {
-    vf least = broadcast(x[0]), most = least;
+    vf least = broadcast(x[0]), most = least, total = {};
     vi is_nan = {};
     vi lane;
     for (int i = 0; i < W; ++i) lane[i] = i;
     for (int64_t i = 0; i < group; i += W) {
-        vf v = lane < int32_t(lesser(group - i, int64_t(W))) ? load(x + i) : broadcast(x[0]);
+        vi is_in = lane < int32_t(lesser(group - i, int64_t(W)));
+        vf v = is_in ? load(x + i) : broadcast(x[0]);
         least = v < least ? v : least;
         most = v > most ? v : most;
         is_nan |= v != v;
+        total += is_in ? v : vf{};
     }
-    float low = -max_lanes(-least), high = max_lanes(most);
+    float low = -max_lanes(-least), high = max_lanes(most), count = float(group);
     if (max_lanes(is_nan & 1)) low = high = __builtin_nanf("");
-    params[0] = float_to_half((high - low) / 15.f);
-    params[1] = float_to_half(low);
-    float scale = half_to_float(params[0]), minimum = half_to_float(params[1]);
-    for (int64_t i = 0; i < group; i += W) {
-        vf v = scale == 0.f ? vf{} : clamp((load(x + i) - minimum) / scale, 0.f, 15.f);
-        store_bytes(numbers + i, round_to_int(v));
+    float mean = sum_lanes(total) / count, scale = (high - low) / 15.f, minimum = low, best = 0.f;
+    for (int fit = 0; fit <= kFitPasses; ++fit) {
+        uint16_t stored[2] = {float_to_half(scale), float_to_half(minimum)};
+        uint8_t trial[64 + W];
+        GroupSums sums =
+            encode_group_with(x, group, mean, half_to_float(stored[0]), half_to_float(stored[1]), trial);
+        if (fit == 0 || sums.error < best) {
+            best = sums.error;
+            memcpy(numbers, trial, group);
+            memcpy(params, stored, sizeof stored);
+        }
+        float average = sums.codes / count, spread = sums.squares - sums.codes * average;
+        scale = sums.products / (spread > 1e-9f ? spread : 1e-9f);
+        minimum = mean - average * scale;
     }
 }
 
 SERVD_INLINE void encode_int4(const float* x, int64_t head_dim, int64_t group, KVRow& row) {
-    uint8_t numbers[kMaxKvHeadDim + 64];
+    uint8_t numbers[kMaxKvHeadDim];
     for (int64_t g = 0; g < head_dim / group; ++g)
         encode_group(x + g * group, group, numbers + g * group, row.params + 2 * g);
     for (int64_t i = 0; i < head_dim / 2; ++i)
@@ -175,18 +237,29 @@ SERVD_INLINE void encode_plain(const T* x, int64_t code, int64_t count, uint8_t*
     else convert_row(x, reinterpret_cast<f16*>(out), count);
 }
 
-// `encode` of kv_format.py, after the transform if the code is rotated. x is [head_dim].
+// values[i] = x[order[i]], in place.
+SERVD_INLINE void reorder(float* values, const int32_t* order, int64_t head_dim) {
+    float x[kMaxKvHeadDim];
+    memcpy(x, values, head_dim * sizeof(float));
+    for (int64_t i = 0; i < head_dim; ++i) values[i] = x[order[i]];
+}
+
+// `encode` of kv_format.py, after the transform if the code is rotated. x is [head_dim]; order [head_dim] or null:
+// of the dimensions before the transform.
 template <class T>
-void encode_row(const KVSide& side, const T* x, int64_t head_dim, KVRow& row) {
+void encode_row(const KVSide& side, const T* x, const int32_t* order, int64_t head_dim, KVRow& row) {
     if (side.code <= kCodeFloat16 && !side.is_rotated) return encode_plain(x, side.code, head_dim, row.codes);
     alignas(64) float values[kMaxKvHeadDim + W];
     int64_t padded = (head_dim + W - 1) / W * W;
     convert_row(x, values, head_dim);
     for (int64_t i = head_dim; i < padded; ++i) values[i] = 0.f;
-    if (side.is_rotated) hadamard(values, head_dim);
+    if (side.is_rotated) {
+        if (order) reorder(values, order, head_dim);
+        hadamard(values, head_dim);
+    }
     switch (side.code) {
-        case kCodeFp8: return encode_scaled(values, padded, kCodeFp8, 448.f, row);
-        case kCodeInt8: return encode_scaled(values, padded, kCodeInt8, 127.f, row);
+        case kCodeFp8: return encode_fp8(values, padded, row);
+        case kCodeInt8: return encode_int8(values, padded, row);
         case kCodeInt4: return encode_int4(values, head_dim, side.group, row);
         default: return encode_plain(values, side.code, head_dim, row.codes);
     }

@@ -20,6 +20,7 @@ def rope_and_cache(
     kv_cache: torch.Tensor,
     kv_format: KVFormat,
     interleaved: bool = False,
+    key_order: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Turns q IN PLACE and returns it; writes turned k, and v, to the cache. k and v stay as they are.
@@ -29,7 +30,8 @@ def rope_and_cache(
     block_size + offset, -1: do not write. cos_sin [max_pos, rotary_dim] float32: cosines, then sines; dimensions from
     rotary_dim on pass through. kv_cache [num_blocks, block_bytes] of kv_format: each token's k and v are rounded to
     their dtype, transformed where the code is rotated (q too, if keys are: dot products stay the same), encoded, and
-    stored with their scales, by their own numbers alone. Raises ValueError for shapes, dtypes, positions or slots that
+    stored with their scales, by their own numbers alone. key_order [num_kv_heads, head_dim] int32, for rotated keys:
+    dimension i of a head is its dimension key_order[i] before the transform (see servd_kernels.key_order). Raises ValueError for shapes, dtypes, positions or slots that
     do not fit.
     """
     tokens, _, head_dim = q.shape
@@ -50,7 +52,10 @@ def rope_and_cache(
         raise ValueError(f"cos_sin must be float32 [max_pos, even, <= {head_dim}], not {list(cos_sin.shape)}")
     if not cos_sin.is_contiguous():
         raise ValueError(f"cos_sin must be contiguous, not of strides {list(cos_sin.stride())}")
+    order_shape = (kv_format.num_kv_heads, head_dim)
+    if key_order is not None and (key_order.shape != order_shape or key_order.dtype != torch.int32):
+        raise ValueError(f"key_order must be int32 {list(order_shape)}, not {key_order.dtype} {list(key_order.shape)}")
     check_last_stride(q=q, k=k, v=v, positions=positions, slot_mapping=slot_mapping)
     run = OP.bind(q.device.type, q.dtype, backend, kv_format=kv_format)
-    out: torch.Tensor = run(q, k, v, positions, cos_sin, slot_mapping, kv_cache, kv_format, interleaved)
+    out: torch.Tensor = run(q, k, v, positions, cos_sin, slot_mapping, kv_cache, kv_format, interleaved, key_order)
     return out

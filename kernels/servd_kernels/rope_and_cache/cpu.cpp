@@ -52,6 +52,11 @@ struct Call {
     void* cache;
     const KVLayout& layout;
     bool interleaved;
+    const int32_t* key_order;  // [kv_heads, head_dim] or null
+
+    const int32_t* order_of(int64_t kv_head) const {
+        return key_order ? key_order + kv_head * layout.head_dim : nullptr;
+    }
 };
 
 // x may equal out; dimensions from rotary_dim on are left to the caller.
@@ -65,9 +70,10 @@ void rotate(const Call& call, int64_t token, const T* x, T* out) {
 
 // Queries are turned like rotated keys, so that their dot products stay the same.
 template <class T>
-void transform_query(T* q, int64_t head_dim) {
+void transform_query(T* q, const int32_t* order, int64_t head_dim) {
     alignas(64) float values[kMaxKvHeadDim + W];
     convert_row(q, values, head_dim);
+    if (order) reorder(values, order, head_dim);
     hadamard(values, head_dim);
     convert_row(values, q, head_dim);
 }
@@ -78,7 +84,7 @@ void process_token(const Call& call, int64_t token) {
     for (int64_t h = 0; h < call.q.count; ++h) {
         T* q = call.q.at<T>(token, h);
         rotate(call, token, q, q);
-        if (layout.k.is_rotated) transform_query(q, layout.head_dim);
+        if (layout.k.is_rotated) transform_query(q, call.order_of(h * call.k.count / call.q.count), layout.head_dim);
     }
     int64_t slot = call.slots[token];
     if (slot < 0) return;
@@ -90,9 +96,9 @@ void process_token(const Call& call, int64_t token) {
         const T* k = call.k.at<T>(token, h);
         rotate(call, token, k, turned);
         memcpy(turned + call.rotary_dim, k + call.rotary_dim, rest * sizeof(T));
-        encode_row(layout.k, turned, layout.head_dim, row);
+        encode_row(layout.k, turned, call.order_of(h), layout.head_dim, row);
         place_row(layout, layout.k, row, head, offset);
-        encode_row(layout.v, call.v.at<T>(token, h), layout.head_dim, row);
+        encode_row(layout.v, call.v.at<T>(token, h), nullptr, layout.head_dim, row);
         place_row(layout, layout.v, row, head, offset);
     }
 }
@@ -107,7 +113,7 @@ SERVD_EXPORT(rope_and_cache)(void* q, int64_t q_token_stride, int64_t q_head_str
                              int64_t v_head_stride, const int64_t* positions, const float* cos_sin,
                              int64_t max_position, int64_t rotary_dim, const int64_t* slots, void* cache,
                              const void* layout, int64_t num_blocks, int64_t num_tokens, int interleaved,
-                             int dtype) {
+                             const int32_t* key_order, int dtype) {
     using namespace SERVD_ISA;
     const KVLayout& kv = *static_cast<const KVLayout*>(layout);
     for (int64_t t = 0; t < num_tokens; ++t) {
@@ -117,7 +123,7 @@ SERVD_EXPORT(rope_and_cache)(void* q, int64_t q_token_stride, int64_t q_head_str
     Call call = {{q, q_heads, q_token_stride, q_head_stride},
                  {k, kv.kv_heads, k_token_stride, k_head_stride},
                  {v, kv.kv_heads, v_token_stride, v_head_stride},
-                 positions, cos_sin, rotary_dim, slots, cache, kv, interleaved != 0};
+                 positions, cos_sin, rotary_dim, slots, cache, kv, interleaved != 0, key_order};
     return with_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         parallel(num_tokens, num_tokens * (q_heads + 2 * kv.kv_heads) * kv.head_dim,

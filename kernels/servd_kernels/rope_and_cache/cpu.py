@@ -6,7 +6,7 @@ import torch
 from servd_kernels import native
 from servd_kernels.kv_format import KVFormat
 
-_KERNEL = native.Function("rope_and_cache", "plllpllpllppllpppllii")
+_KERNEL = native.Function("rope_and_cache", "plllpllpllppllpppllipi")
 _MAX_HEAD_DIM = 1024  # kMaxKvHeadDim of common/kv_side.hpp
 
 
@@ -26,6 +26,7 @@ def run(
     kv_cache: torch.Tensor,
     kv_format: KVFormat,
     interleaved: bool = False,
+    key_order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     num_tokens, q_heads, _ = q.shape
     num_blocks, (max_position, rotary_dim) = len(kv_cache), cos_sin.shape
@@ -36,7 +37,7 @@ def run(
         q.data_ptr(), q_token, q_head, q_heads, k.data_ptr(), k_token, k_head, v.data_ptr(), v_token, v_head,
         positions.data_ptr(), cos_sin.data_ptr(), max_position, rotary_dim, slot_mapping.data_ptr(),
         kv_cache.data_ptr(), kv_format.native_layout.data_ptr(), num_blocks, num_tokens, interleaved,
-        native.DTYPES[q.dtype],
+        None if key_order is None else key_order.data_ptr(), native.DTYPES[q.dtype],
     )  # fmt: skip
     if fault == 1:
         raise ValueError(f"positions must be in 0..{max_position - 1}")

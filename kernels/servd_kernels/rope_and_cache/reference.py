@@ -43,17 +43,27 @@ def run(
     kv_cache: torch.Tensor,
     kv_format: KVFormat,
     interleaved: bool = False,
+    key_order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     check_values(positions, len(cos_sin), slot_mapping, len(kv_cache) * kv_format.block_size)
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    turned_q, turned_k = (rotate(x, cos, sin, interleaved) for x in (q, k))
+    if kv_format.k.code.is_rotated:
+        # The keys stay in float32 until they are encoded: rounding them to bfloat16 would be one error more.
+        turned_q, turned_k = (hadamard(_reorder(x, key_order)) for x in (turned_q, turned_k.float()))
     kept = slot_mapping >= 0
-    for side, x in ((kv_format.k, rotate(k, cos, sin, interleaved)), (kv_format.v, v)):
-        x = x[kept]
-        # The transform stays in float32 until it is encoded: rounding it to bfloat16 would be one error more.
-        kv_format.write(kv_cache, side, slot_mapping[kept], hadamard(x.float()) if side.code.is_rotated else x)
-    turned = rotate(q, cos, sin, interleaved)
-    q.copy_(hadamard(turned) if kv_format.k.code.is_rotated else turned)
+    kv_format.write(kv_cache, kv_format.k, slot_mapping[kept], turned_k[kept])
+    values = hadamard(v.float()) if kv_format.v.code.is_rotated else v
+    kv_format.write(kv_cache, kv_format.v, slot_mapping[kept], values[kept])
+    q.copy_(turned_q)
     return q
+
+
+def _reorder(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """x [num_tokens, heads, head_dim], its dimensions in the order [num_kv_heads, head_dim] of its key/value head."""
+    if order is None:
+        return x
+    return x.gather(2, order.long().repeat_interleave(x.shape[1] // len(order), 0).expand(x.shape))
 
 
 def make_inputs(
