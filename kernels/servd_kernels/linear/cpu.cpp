@@ -16,9 +16,9 @@ namespace SERVD_ISA {
 namespace {
 
 constexpr int kPanel = kTileVectors * W;
-constexpr int64_t kRowBlock = 64;     // rows of one unit
-constexpr int64_t kDepthBlock = 1024; // of K at most: a panel's block, the next one's and the rows share the L2 cache
-constexpr int64_t kLine = 64;         // bytes of a cache line
+constexpr int64_t kRowBlock = 64;      // rows of one unit
+constexpr int64_t kDepthBlock = 1024;  // of K at most: a panel's block, the next one's and the rows share the L2
+constexpr int64_t kLine = 64;          // bytes of a cache line
 
 #if defined(__AVX512BF16__)
 constexpr bool kPairs = true;
@@ -169,6 +169,17 @@ void multiply_panel(const X* x, int64_t x_stride, int64_t first_row, int64_t row
     if (k == 0) memset(sums, 0, rows * kPanel * sizeof(float));
 }
 
+enum Activation { kNoActivation = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3 };
+
+SERVD_INLINE vf activated(int activation, vf x) {
+    switch (activation) {
+        case kSilu: return silu(x);
+        case kGelu: return gelu_erf(x);
+        case kGeluTanh: return gelu_tanh(x);
+        default: return x;
+    }
+}
+
 // Bias, activation, gate and residual; then the one rounding.
 template <class T, class O>
 void finish(const Call<T, O>& call, const float* gates, const float* sums, int64_t first_row, int64_t rows,
@@ -186,10 +197,10 @@ void finish(const Call<T, O>& call, const float* gates, const float* sums, int64
                     gate += some(call.bias + column + at);
                     value += some(call.bias + call.n + column + at);
                 }
-                value *= activate(call.activation, gate);
+                value *= activated(call.activation, gate);
             } else {
                 if (call.bias) value += some(call.bias + column + at);
-                value = activate(call.activation, value);
+                value = activated(call.activation, value);
             }
             if (residual) value += some(residual + at);
             if (n == W) store(out + at, value);
