@@ -180,32 +180,36 @@ SERVD_INLINE vf activated(int activation, vf x) {
     }
 }
 
-// Bias, activation, gate and residual; then the one rounding.
+// Bias, activation, gate and residual of rows x W sums; then the one rounding. `n` of the W columns are there.
+template <bool PLAIN, class T, class O>
+void finish_columns(const Call<T, O>& call, const float* gates, const float* sums, int64_t first_row, int64_t rows,
+                    int64_t column, int64_t n) {
+    auto some = [n](const T* p) __attribute__((always_inline)) { return PLAIN || n == W ? load(p) : load_n(p, n); };
+    vf bias = call.bias ? some(call.bias + column) : vf{}, up_bias = {};
+    if (!PLAIN && call.bias && call.is_gated) up_bias = some(call.bias + call.n + column);
+    O* out = call.out + first_row * call.n + column;
+    for (int64_t row = 0; row < rows; ++row, out += call.n) {
+        vf value = load(sums + row * kPanel);
+        if (PLAIN) {
+            store(out, value + bias);
+            continue;
+        }
+        if (call.is_gated) value = activated(call.activation, load(gates + row * kPanel) + bias) * (value + up_bias);
+        else value = activated(call.activation, value + bias);
+        if (call.residual) value += some(call.residual + (first_row + row) * call.residual_stride + column);
+        if (n == W) store(out, value);
+        else store_n(out, value, n);
+    }
+}
+
 template <class T, class O>
 void finish(const Call<T, O>& call, const float* gates, const float* sums, int64_t first_row, int64_t rows,
             int64_t column) {
-    for (int64_t row = 0; row < rows; ++row) {
-        const T* residual = call.residual ? call.residual + (first_row + row) * call.residual_stride + column : nullptr;
-        O* out = call.out + (first_row + row) * call.n + column;
-        for (int64_t at = 0; at < lesser(int64_t(kPanel), call.n - column); at += W) {
-            int64_t n = lesser(int64_t(W), call.n - column - at);
-            auto some = [n](const T* p) __attribute__((always_inline)) { return n == W ? load(p) : load_n(p, n); };
-            vf value = load(sums + row * kPanel + at);
-            if (call.is_gated) {
-                vf gate = load(gates + row * kPanel + at);
-                if (call.bias) {
-                    gate += some(call.bias + column + at);
-                    value += some(call.bias + call.n + column + at);
-                }
-                value *= activated(call.activation, gate);
-            } else {
-                if (call.bias) value += some(call.bias + column + at);
-                value = activated(call.activation, value);
-            }
-            if (residual) value += some(residual + at);
-            if (n == W) store(out + at, value);
-            else store_n(out + at, value, n);
-        }
+    bool is_plain = !call.is_gated && !call.residual && call.activation == kNoActivation;
+    for (int64_t at = 0; at < lesser(int64_t(kPanel), call.n - column); at += W) {
+        int64_t n = lesser(int64_t(W), call.n - column - at);
+        auto columns = is_plain && n == W ? finish_columns<true, T, O> : finish_columns<false, T, O>;
+        columns(call, gates + at, sums + at, first_row, rows, column + at, n);
     }
 }
 
@@ -300,6 +304,7 @@ SERVD_EXPORT(linear)(const void* x, int64_t x_stride, const void* packed, const 
         const T* rows = static_cast<const T*>(x);
         auto run = [=](auto* typed_out) {
             using O = std::remove_pointer_t<decltype(typed_out)>;
+            prefer_huge_pages(typed_out, m * n * sizeof(O));
             Call<T, O> call = {static_cast<const T*>(packed),
                                static_cast<const T*>(bias),
                                static_cast<const T*>(residual),
