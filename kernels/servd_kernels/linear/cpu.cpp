@@ -146,10 +146,10 @@ SERVD_INLINE int64_t depth_of_blocks(int64_t k) {
     return greater((k + blocks - 1) / blocks + 7, 8) / 8 * 8;
 }
 
-// sums[rows][kPanel] = x * panel, for rows first_row.. of the call's m.
-template <class T, class X>
+// sums[rows][kPanel] = x * panel, for rows first_row.. of the call's m; done(row, height) for each tile that is whole.
+template <class T, class X, class F>
 void multiply_panel(const X* x, int64_t x_stride, int64_t first_row, int64_t rows, int64_t m, const T* panel,
-                    int64_t k, float* sums) {
+                    int64_t k, float* sums, F done) {
     int64_t block_depth = depth_of_blocks(k), panel_bytes = packed_depth<T>(k) * kPanel * sizeof(T);
     for (int64_t depth = 0; depth < k; depth += block_depth) {
         int64_t count = lesser(block_depth, k - depth), bytes = packed_depth<T>(count) * kPanel * sizeof(T), row = 0;
@@ -163,10 +163,13 @@ void multiply_panel(const X* x, int64_t x_stride, int64_t first_row, int64_t row
                 multiply_block<decltype(constant)::value>(x + row * x_stride + depth, x_stride, block, count,
                                                           depth == 0, prefetch, sums + row * kPanel);
             });
+            if (depth + count == k) done(row, height);
             row += height;
         }
     }
-    if (k == 0) memset(sums, 0, rows * kPanel * sizeof(float));
+    if (k > 0) return;
+    memset(sums, 0, rows * kPanel * sizeof(float));
+    done(0, rows);
 }
 
 enum Activation { kNoActivation = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3 };
@@ -180,52 +183,73 @@ SERVD_INLINE vf activated(int activation, vf x) {
     }
 }
 
-// Bias, activation, gate and residual of rows x W sums; then the one rounding. `n` of the W columns are there.
-template <bool PLAIN, class T, class O>
-void finish_columns(const Call<T, O>& call, const float* gates, const float* sums, int64_t first_row, int64_t rows,
-                    int64_t column, int64_t n) {
-    auto some = [n](const T* p) __attribute__((always_inline)) { return PLAIN || n == W ? load(p) : load_n(p, n); };
-    vf bias = call.bias ? some(call.bias + column) : vf{}, up_bias = {};
-    if (!PLAIN && call.bias && call.is_gated) up_bias = some(call.bias + call.n + column);
-    O* out = call.out + first_row * call.n + column;
-    for (int64_t row = 0; row < rows; ++row, out += call.n) {
-        vf value = load(sums + row * kPanel);
-        if (PLAIN) {
-            store(out, value + bias);
-            continue;
-        }
-        if (call.is_gated) value = activated(call.activation, load(gates + row * kPanel) + bias) * (value + up_bias);
-        else value = activated(call.activation, value + bias);
-        if (call.residual) value += some(call.residual + (first_row + row) * call.residual_stride + column);
-        if (n == W) store(out, value);
-        else store_n(out, value, n);
-    }
-}
-
+// Bias, activation, gate and residual of rows x kPanel sums; then the one rounding.
 template <class T, class O>
 void finish(const Call<T, O>& call, const float* gates, const float* sums, int64_t first_row, int64_t rows,
             int64_t column) {
-    bool is_plain = !call.is_gated && !call.residual && call.activation == kNoActivation;
-    for (int64_t at = 0; at < lesser(int64_t(kPanel), call.n - column); at += W) {
-        int64_t n = lesser(int64_t(W), call.n - column - at);
-        auto columns = is_plain && n == W ? finish_columns<true, T, O> : finish_columns<false, T, O>;
-        columns(call, gates + at, sums + at, first_row, rows, column + at, n);
+    for (int64_t row = 0; row < rows; ++row) {
+        const T* residual = call.residual ? call.residual + (first_row + row) * call.residual_stride + column : nullptr;
+        O* out = call.out + (first_row + row) * call.n + column;
+        for (int64_t at = 0; at < lesser(int64_t(kPanel), call.n - column); at += W) {
+            int64_t n = lesser(int64_t(W), call.n - column - at);
+            auto some = [n](const T* p) __attribute__((always_inline)) { return n == W ? load(p) : load_n(p, n); };
+            vf value = load(sums + row * kPanel + at);
+            if (call.is_gated) {
+                vf gate = load(gates + row * kPanel + at);
+                if (call.bias) {
+                    gate += some(call.bias + column + at);
+                    value += some(call.bias + call.n + column + at);
+                }
+                value *= activated(call.activation, gate);
+            } else {
+                if (call.bias) value += some(call.bias + column + at);
+                value = activated(call.activation, value);
+            }
+            if (residual) value += some(residual + at);
+            if (n == W) store(out + at, value);
+            else store_n(out + at, value, n);
+        }
     }
+}
+
+// The common end: whole vectors, and nothing but a rounding.
+template <class O>
+void round_rows(const float* sums, int64_t rows, O* out, int64_t out_stride) {
+    for (int64_t row = 0; row < rows; ++row)
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVectors; ++v) store(out + row * out_stride + v * W, load(sums + row * kPanel + v * W));
+}
+
+// The lines of `rows` rows of out, fetched for writing. With a row stride of many pages they share a set of the
+// first-level cache: a few rows at a time stay there until they are written, and their wait is over by then.
+template <class O>
+void prepare_rows(O* out, int64_t out_stride, int64_t rows, int64_t columns) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t at = 0; at < columns; at += kLine / int64_t(sizeof(O)))
+            __builtin_prefetch(out + row * out_stride + at, 1);
 }
 
 template <class T, class O, class X>
 void compute_unit(const Call<T, O>& call, const X* x, int64_t x_stride, int64_t column_block, int64_t row_block) {
     alignas(64) float sums[kRowBlock * kPanel], gates[kRowBlock * kPanel];
-    int64_t row = row_block * kRowBlock, rows = lesser(kRowBlock, call.m - row);
+    int64_t first = row_block * kRowBlock, rows = lesser(kRowBlock, call.m - first);
+    int64_t column = column_block * kPanel, columns = lesser(int64_t(kPanel), call.n - column);
     int64_t size = packed_depth<T>(call.k) * kPanel;
     const T* panel = call.packed + column_block * (call.is_gated ? 2 : 1) * size;
-    x += row * x_stride;
+    bool only_rounds = !call.is_gated && !call.bias && !call.residual && call.activation == kNoActivation;
+    O* out = call.out + first * call.n + column;
+    x += first * x_stride;
     if (call.is_gated) {
-        multiply_panel(x, x_stride, row, rows, call.m, panel, call.k, gates);
+        multiply_panel(x, x_stride, first, rows, call.m, panel, call.k, gates, [](int64_t, int64_t) {});
         panel += size;
     }
-    multiply_panel(x, x_stride, row, rows, call.m, panel, call.k, sums);
-    finish(call, gates, sums, row, rows, column_block * kPanel);
+    prepare_rows(out, call.n, lesser(int64_t(kTileRows), rows), columns);
+    multiply_panel(x, x_stride, first, rows, call.m, panel, call.k, sums, [&](int64_t row, int64_t height) {
+        if (only_rounds && columns == kPanel) round_rows(sums + row * kPanel, height, out + row * call.n, call.n);
+        else finish(call, gates + row * kPanel, sums + row * kPanel, first + row, height, column);
+        int64_t next = row + height;
+        prepare_rows(out + next * call.n, call.n, lesser(int64_t(kTileRows), rows - next), columns);
+    });
 }
 
 template <class T, class O, class X>
@@ -304,7 +328,6 @@ SERVD_EXPORT(linear)(const void* x, int64_t x_stride, const void* packed, const 
         const T* rows = static_cast<const T*>(x);
         auto run = [=](auto* typed_out) {
             using O = std::remove_pointer_t<decltype(typed_out)>;
-            prefer_huge_pages(typed_out, m * n * sizeof(O));
             Call<T, O> call = {static_cast<const T*>(packed),
                                static_cast<const T*>(bias),
                                static_cast<const T*>(residual),
