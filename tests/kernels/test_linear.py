@@ -151,7 +151,8 @@ def test_what_follows_the_product_is_fused(
 def exact(activation: str | None, x: torch.Tensor) -> torch.Tensor:
     """In float64, and by erfc where torch's gelu adds erf to 1 and loses the digits of small results."""
     if activation == "gelu":
-        return 0.5 * x * torch.special.erfc(-x / 2**0.5)
+        tail: torch.Tensor = torch.special.erfc(-x / 2**0.5)
+        return 0.5 * x * tail
     if activation == "gelu_tanh":
         return x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))
     return functional.silu(x)

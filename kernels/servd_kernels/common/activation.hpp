@@ -5,13 +5,11 @@
 
 namespace SERVD_ISA {
 
-enum Activation { kIdentity = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3 };
-
 SERVD_INLINE vf silu(vf x) { return x / (vexp(-x) + 1.f); }
 
 // x * (1 + erf(x / sqrt(2))) / 2 with a relative error below 2e-6 down to x = -3 (small results keep their digits):
 // erfc(z) = exp(-z^2) * p(t), t = 2 / (2 + z), with p a minimax fit of the relative error. Beyond 20 the tail is 0.
-SERVD_INLINE vf gelu(vf x) {
+SERVD_INLINE vf gelu_erf(vf x) {
     vf size = vmax(x, -x);
     size = size > 20.f ? broadcast(20.f) : size;
     vf z = size * 0.70710678118654752f;
@@ -33,15 +31,6 @@ SERVD_INLINE vf gelu(vf x) {
 SERVD_INLINE vf gelu_tanh(vf x) {
     vf u = x * fma(x * x, broadcast(0.0713548162726f), broadcast(1.59576912160573f));
     return x / (vexp(-u) + 1.f);
-}
-
-SERVD_INLINE vf activate(int activation, vf x) {
-    switch (activation) {
-        case kSilu: return silu(x);
-        case kGelu: return gelu(x);
-        case kGeluTanh: return gelu_tanh(x);
-        default: return x;
-    }
 }
 
 }  // namespace SERVD_ISA

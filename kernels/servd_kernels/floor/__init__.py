@@ -36,34 +36,37 @@ class Floor:
 
 
 def measure(seconds: float = 0.25) -> Floor:
-    """Measures each limit for about `seconds`; call it again after `native.select_isa` or `set_num_threads`.
+    """Measures each limit for about `seconds`. Raises RuntimeError without the native library."""
+    return Meter().measure(seconds)
 
-    Where the instruction set has no unit for a dtype the value is that of the unit that serves it: bfloat16 without
-    `vdpbf16ps` and float16 are widened to float32. Raises RuntimeError without the native library.
-    """
-    reason = native.missing_reason()
-    if reason is not None:
-        raise RuntimeError(reason)
-    flops = {name: _peak(unit, seconds) for name, unit in _UNITS.items()}
-    flops["float16"] = flops["float32"]
-    read, copy = _bandwidths(seconds)
-    return Floor(read, copy, flops)
+
+class Meter:
+    """Measures again and again in the same 512 MiB: on a shared machine a limit is best measured beside the kernel."""
+
+    def __init__(self) -> None:
+        """Raises RuntimeError without the native library."""
+        reason = native.missing_reason()
+        if reason is not None:
+            raise RuntimeError(reason)
+        self._source, self._target = (torch.ones(_STREAM_BYTES + _ALIGNMENT, dtype=torch.uint8) for _ in range(2))
+
+    def measure(self, seconds: float = 0.25) -> Floor:
+        """Each limit for about `seconds`, with the instruction set and the threads in use.
+
+        Where the instruction set has no unit for a dtype the value is that of the unit that serves it: bfloat16
+        without `vdpbf16ps` and float16 are widened to float32.
+        """
+        flops = {name: _peak(unit, seconds) for name, unit in _UNITS.items()}
+        flops["float16"] = flops["float32"]
+        source, target, half = _aligned(self._source), _aligned(self._target), _STREAM_BYTES // 2
+        read = _best_seconds(lambda: _READ.call(source, _STREAM_BYTES), seconds)
+        copy = _best_seconds(lambda: _COPY.call(source, target, half), seconds)
+        return Floor(_STREAM_BYTES / read / 1e9, 2 * half / copy / 1e9, flops)
 
 
 def _peak(unit: int, seconds: float) -> float:
     units = 16 * native.num_threads()
-    best = _best_seconds(lambda: _MULTIPLY_ADD.call(unit, units), seconds)
-    return units * _OPERATIONS.call(unit) / best
-
-
-def _bandwidths(seconds: float) -> tuple[float, float]:
-    """GB/s of a read and of a copy."""
-    source, target = (torch.ones(_STREAM_BYTES + _ALIGNMENT, dtype=torch.uint8) for _ in range(2))
-    start, end = _aligned(source), _aligned(target)
-    read = _best_seconds(lambda: _READ.call(start, _STREAM_BYTES), seconds)
-    half = _STREAM_BYTES // 2
-    copy = _best_seconds(lambda: _COPY.call(start, end, half), seconds)
-    return _STREAM_BYTES / read / 1e9, 2 * half / copy / 1e9
+    return units * _OPERATIONS.call(unit) / _best_seconds(lambda: _MULTIPLY_ADD.call(unit, units), seconds)
 
 
 def _aligned(buffer: torch.Tensor) -> int:

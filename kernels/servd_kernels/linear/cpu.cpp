@@ -16,9 +16,9 @@ namespace SERVD_ISA {
 namespace {
 
 constexpr int kPanel = kTileVectors * W;
-constexpr int64_t kRowBlock = 64;     // rows of one unit
-constexpr int64_t kDepthBlock = 1024; // of K at most: a panel's block, the next one's and the rows share the L2 cache
-constexpr int64_t kLine = 64;         // bytes of a cache line
+constexpr int64_t kRowBlock = 64;      // rows of one unit
+constexpr int64_t kDepthBlock = 1024;  // of K at most: a panel's block, the next one's and the rows share the L2
+constexpr int64_t kLine = 64;          // bytes of a cache line
 
 #if defined(__AVX512BF16__)
 constexpr bool kPairs = true;
@@ -146,10 +146,10 @@ SERVD_INLINE int64_t depth_of_blocks(int64_t k) {
     return greater((k + blocks - 1) / blocks + 7, 8) / 8 * 8;
 }
 
-// sums[rows][kPanel] = x * panel, for rows first_row.. of the call's m.
-template <class T, class X>
+// sums[rows][kPanel] = x * panel, for rows first_row.. of the call's m; done(row, height) for each tile that is whole.
+template <class T, class X, class F>
 void multiply_panel(const X* x, int64_t x_stride, int64_t first_row, int64_t rows, int64_t m, const T* panel,
-                    int64_t k, float* sums) {
+                    int64_t k, float* sums, F done) {
     int64_t block_depth = depth_of_blocks(k), panel_bytes = packed_depth<T>(k) * kPanel * sizeof(T);
     for (int64_t depth = 0; depth < k; depth += block_depth) {
         int64_t count = lesser(block_depth, k - depth), bytes = packed_depth<T>(count) * kPanel * sizeof(T), row = 0;
@@ -163,13 +163,27 @@ void multiply_panel(const X* x, int64_t x_stride, int64_t first_row, int64_t row
                 multiply_block<decltype(constant)::value>(x + row * x_stride + depth, x_stride, block, count,
                                                           depth == 0, prefetch, sums + row * kPanel);
             });
+            if (depth + count == k) done(row, height);
             row += height;
         }
     }
-    if (k == 0) memset(sums, 0, rows * kPanel * sizeof(float));
+    if (k > 0) return;
+    memset(sums, 0, rows * kPanel * sizeof(float));
+    done(0, rows);
 }
 
-// Bias, activation, gate and residual; then the one rounding.
+enum Activation { kNoActivation = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3 };
+
+SERVD_INLINE vf activated(int activation, vf x) {
+    switch (activation) {
+        case kSilu: return silu(x);
+        case kGelu: return gelu_erf(x);
+        case kGeluTanh: return gelu_tanh(x);
+        default: return x;
+    }
+}
+
+// Bias, activation, gate and residual of rows x kPanel sums; then the one rounding.
 template <class T, class O>
 void finish(const Call<T, O>& call, const float* gates, const float* sums, int64_t first_row, int64_t rows,
             int64_t column) {
@@ -186,10 +200,10 @@ void finish(const Call<T, O>& call, const float* gates, const float* sums, int64
                     gate += some(call.bias + column + at);
                     value += some(call.bias + call.n + column + at);
                 }
-                value *= activate(call.activation, gate);
+                value *= activated(call.activation, gate);
             } else {
                 if (call.bias) value += some(call.bias + column + at);
-                value = activate(call.activation, value);
+                value = activated(call.activation, value);
             }
             if (residual) value += some(residual + at);
             if (n == W) store(out + at, value);
@@ -198,19 +212,44 @@ void finish(const Call<T, O>& call, const float* gates, const float* sums, int64
     }
 }
 
+// The common end: whole vectors, and nothing but a rounding.
+template <class O>
+void round_rows(const float* sums, int64_t rows, O* out, int64_t out_stride) {
+    for (int64_t row = 0; row < rows; ++row)
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVectors; ++v) store(out + row * out_stride + v * W, load(sums + row * kPanel + v * W));
+}
+
+// The lines of `rows` rows of out, fetched for writing. With a row stride of many pages they share a set of the
+// first-level cache: a few rows at a time stay there until they are written, and their wait is over by then.
+template <class O>
+void prepare_rows(O* out, int64_t out_stride, int64_t rows, int64_t columns) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t at = 0; at < columns; at += kLine / int64_t(sizeof(O)))
+            __builtin_prefetch(out + row * out_stride + at, 1);
+}
+
 template <class T, class O, class X>
 void compute_unit(const Call<T, O>& call, const X* x, int64_t x_stride, int64_t column_block, int64_t row_block) {
     alignas(64) float sums[kRowBlock * kPanel], gates[kRowBlock * kPanel];
-    int64_t row = row_block * kRowBlock, rows = lesser(kRowBlock, call.m - row);
+    int64_t first = row_block * kRowBlock, rows = lesser(kRowBlock, call.m - first);
+    int64_t column = column_block * kPanel, columns = lesser(int64_t(kPanel), call.n - column);
     int64_t size = packed_depth<T>(call.k) * kPanel;
     const T* panel = call.packed + column_block * (call.is_gated ? 2 : 1) * size;
-    x += row * x_stride;
+    bool only_rounds = !call.is_gated && !call.bias && !call.residual && call.activation == kNoActivation;
+    O* out = call.out + first * call.n + column;
+    x += first * x_stride;
     if (call.is_gated) {
-        multiply_panel(x, x_stride, row, rows, call.m, panel, call.k, gates);
+        multiply_panel(x, x_stride, first, rows, call.m, panel, call.k, gates, [](int64_t, int64_t) {});
         panel += size;
     }
-    multiply_panel(x, x_stride, row, rows, call.m, panel, call.k, sums);
-    finish(call, gates, sums, row, rows, column_block * kPanel);
+    prepare_rows(out, call.n, lesser(int64_t(kTileRows), rows), columns);
+    multiply_panel(x, x_stride, first, rows, call.m, panel, call.k, sums, [&](int64_t row, int64_t height) {
+        if (only_rounds && columns == kPanel) round_rows(sums + row * kPanel, height, out + row * call.n, call.n);
+        else finish(call, gates + row * kPanel, sums + row * kPanel, first + row, height, column);
+        int64_t next = row + height;
+        prepare_rows(out + next * call.n, call.n, lesser(int64_t(kTileRows), rows - next), columns);
+    });
 }
 
 template <class T, class O, class X>
