@@ -69,7 +69,7 @@ def test_of_equal_scores_the_lower_page_goes_first(backend: str) -> None:
 
 def test_nan_is_read_rather_than_hidden(backend: str) -> None:
     inputs = reference.make_inputs([160], 2, 1, 8, 3)
-    inputs["bounds"][inputs["block_tables"][0, 6], 0, 1, 5] = torch.nan
+    inputs["bounds"][inputs["block_tables"][0, 6], 0, :, 5] = torch.nan
     assert select_pages(**inputs, backend=backend).tolist() == [[[0, 6, 9]]]
 
 

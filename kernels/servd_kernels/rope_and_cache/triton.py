@@ -1,8 +1,6 @@
 """Owns the Triton rotation and cache write: one program for a token and a few of its heads, of q, of k or of v.
 Does not know how a row is encoded (triton_kv.py), nor how slots were assigned."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,7 +105,7 @@ def _constants(kv_format: KVFormat, rotary_dim: int, interleaved: bool) -> dict[
     head_dim = kv_format.head_dim
     dims, width = triton.next_power_of_2(head_dim), head_dim & -head_dim
     rows = min(_TILE // dims, triton.next_power_of_2(kv_format.num_kv_heads))
-    constants = {"HEAD_DIM": head_dim, "ROTARY": rotary_dim, "BLOCK_SIZE": kv_format.block_size}
+    constants: dict[str, Any] = {"HEAD_DIM": head_dim, "ROTARY": rotary_dim, "BLOCK_SIZE": kv_format.block_size}
     constants |= {"INTERLEAVED": interleaved, "WIDTH": width, "SCALE": width**-0.5, "ROWS": rows, "DIMS": dims}
     for name, side in (("K", kv_format.k), ("V", kv_format.v)):
         constants[f"{name}_CODE"] = side.code.name
