@@ -8,7 +8,7 @@
 namespace SERVD_ISA {
 namespace {
 
-constexpr int64_t kPagesPerUnit = 128;
+constexpr int64_t kPagesPerUnit = 128, kPagesAhead = 8;
 
 struct Call {
     const void* q;
@@ -77,9 +77,14 @@ void score_pages(const Call& call, int64_t request, int64_t head, int64_t first,
         for (int64_t i = 0; i < dim; i += W)
             store(queries.data + h * padded + i, load_n(q + i, lesser(int64_t(W), dim - i)));
     }
+    const int32_t* table = call.block_tables + request * call.max_blocks;
+    auto bounds_of = [&](int64_t page) {
+        return static_cast<const B*>(call.bounds) + (table[page] * call.kv_heads + head) * 2 * dim;
+    };
     for (int64_t page = first; page < end; ++page) {
-        int64_t block = call.block_tables[request * call.max_blocks + page];
-        const B* bounds = static_cast<const B*>(call.bounds) + (block * call.kv_heads + head) * 2 * dim;
+        // Blocks lie anywhere in memory: no hardware guesses the next one.
+        const B *bounds = bounds_of(page), *ahead = bounds_of(lesser(page + kPagesAhead, end - 1));
+        for (int64_t i = 0; i < 2 * dim; i += 64 / int64_t(sizeof(B))) __builtin_prefetch(ahead + i);
         float most = -__builtin_inff();
         for (int64_t h = 0; h < group; h += kHeads)
             with_count<kHeads>(int(lesser(int64_t(kHeads), group - h)), [&](auto heads) {
