@@ -23,7 +23,7 @@ def check_ids(src: torch.Tensor, dst: torch.Tensor) -> None:
         raise ValueError(f"src and dst must be [n], not {list(src.shape)} and {list(dst.shape)}")
     if src.dtype != torch.int64 or dst.dtype != torch.int64:
         raise ValueError(f"src and dst must be int64, not {src.dtype} and {dst.dtype}")
-    if len(dst.unique()) != len(dst):
+    if len(set(dst.tolist())) != len(dst):
         raise ValueError(f"a block of dst must not repeat: {dst.tolist()}")
 
 

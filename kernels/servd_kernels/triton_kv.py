@@ -10,15 +10,22 @@ from servd_kernels.triton_support import decode_e4m3, encode_e4m3, narrow
 
 
 @triton.jit
-def hadamard(x, column, WIDTH: tl.constexpr, SCALE: tl.constexpr):
-    """x [rows, dims], transformed in blocks of WIDTH dims; SCALE is WIDTH ** -0.5; column [dims] counts from 0."""
-    step: tl.constexpr = 1
-    lane = tl.broadcast_to(column[None, :], x.shape)
-    for _ in tl.static_range(10):
-        if step < WIDTH:
-            # Lane i of a pair has first + second, its partner first - second.
-            x = tl.gather(x, lane ^ step, 1) + tl.where((lane & step) != 0, -x, x)
-        step = step * 2
+def swap(x, STEP: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr):
+    """x [ROWS, DIMS] with dimension i taken from i ^ STEP, a power of two. Not by tl.gather: that shuffles every
+    register past every lane, where a split and a join exchange one bit of the layout."""
+    pairs = tl.permute(tl.reshape(x, (ROWS, DIMS // (2 * STEP), 2, STEP)), (0, 1, 3, 2))
+    first, second = tl.split(pairs)
+    return tl.reshape(tl.permute(tl.join(second, first), (0, 1, 3, 2)), (ROWS, DIMS))
+
+
+@triton.jit
+def hadamard(x, column, WIDTH: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr):
+    """x [ROWS, DIMS], transformed in blocks of WIDTH dims; SCALE is WIDTH ** -0.5; column [DIMS] counts from 0."""
+    for i in tl.static_range(10):
+        if (1 << i) < WIDTH:
+            # The lower of a pair becomes first + second, the upper first - second.
+            is_upper = (column & (1 << i)) != 0
+            x = swap(x, 1 << i, ROWS, DIMS) + tl.where(is_upper[None, :], -x, x)
     return x * SCALE
 
 

@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from servd_kernels import native
 from servd_kernels.kv_format import CODES
 from servd_kernels.page_bounds import page_bounds, reference
+
+NATIVE_VARIANTS = [f"cpu-{isa}" for isa in native.isas()]
 
 SHAPES = [(1, 1, 8, 1), (37, 3, 64, 16), (20, 2, 80, 7), (9, 1, 24, 3), (130, 2, 16, 64)]
 
@@ -102,6 +105,16 @@ def test_nan_is_kept(backend: str, dtype: torch.dtype) -> None:
         kv_format.write(inputs["kv_cache"], kv_format.k, slots[bad : bad + 1], key)
     out = page_bounds(**inputs, backend=backend)[slots // 3]
     assert out[..., 3].isnan().all() and out[..., :3].isfinite().all() and out[..., 4:].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", NATIVE_VARIANTS, indirect=True)  # torch's threads are not ours to set
+def test_threads_change_nothing(backend: str, restore_threads: None) -> None:
+    results = []
+    for threads in (1, 2, 3):
+        native.set_num_threads(threads)
+        inputs = reference.make_inputs(2000, 3, 64, key="int8", dtype=torch.bfloat16)
+        results.append(page_bounds(**inputs, backend=backend).view(torch.int16))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_bad_slots_are_refused_before_any_write(backend: str) -> None:

@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from servd_kernels import native
 from servd_kernels.kv_format import CODES
 from servd_kernels.rope_and_cache import reference, rope_and_cache
 from servd_kernels.testing import assert_close
+
+NATIVE_VARIANTS = [f"cpu-{isa}" for isa in native.isas()]
 
 # tokens, query heads, kv heads, head_dim, rotary_dim, block size
 SHAPES = [
@@ -162,6 +165,18 @@ def test_a_token_s_bytes_do_not_depend_on_its_batch(backend: str, key_words: boo
         q = rope_and_cache(**step, backend=backend)
         assert torch.equal(q, whole["q"][rows])
     assert torch.equal(whole["kv_cache"], parts["kv_cache"])
+
+
+@pytest.mark.parametrize("backend", NATIVE_VARIANTS, indirect=True)  # torch's threads are not ours to set
+def test_threads_change_nothing(backend: str, restore_threads: None) -> None:
+    results = []
+    for threads in (1, 2, 3):
+        native.set_num_threads(threads)
+        inputs = reference.make_inputs(200, 4, 2, 64, key="int8", value="int4", key_words=True)
+        rope_and_cache(**inputs, backend=backend)
+        q = inputs["q"].contiguous().view(torch.uint8)
+        results.append(torch.cat([inputs["kv_cache"].flatten(), q.flatten()]))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_words_are_refused_where_they_cannot_be_written() -> None:

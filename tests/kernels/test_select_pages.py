@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from servd_kernels import native
 from servd_kernels.page_bounds import page_bounds
 from servd_kernels.paged_attention import paged_attention
 from servd_kernels.paged_attention import reference as attention_reference
 from servd_kernels.select_pages import reference, select_pages
 from servd_kernels.testing import assert_close
+
+NATIVE_VARIANTS = [f"cpu-{isa}" for isa in native.isas()]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -69,7 +72,7 @@ def test_of_equal_scores_the_lower_page_goes_first(backend: str) -> None:
 
 def test_nan_is_read_rather_than_hidden(backend: str) -> None:
     inputs = reference.make_inputs([160], 2, 1, 8, 3)
-    inputs["bounds"][inputs["block_tables"][0, 6], 0, 1, 5] = torch.nan
+    inputs["bounds"][inputs["block_tables"][0, 6], 0, :, 5] = torch.nan
     assert select_pages(**inputs, backend=backend).tolist() == [[[0, 6, 9]]]
 
 
@@ -91,6 +94,16 @@ def test_pages_do_not_depend_on_the_batch(backend: str) -> None:
             "block_tables": inputs["block_tables"][request : request + 1, : lengths[request] // 16].contiguous(),
         }
         assert torch.equal(select_pages(**alone, backend=backend), whole[request : request + 1])
+
+
+@pytest.mark.parametrize("backend", NATIVE_VARIANTS, indirect=True)  # torch's threads are not ours to set
+def test_threads_change_nothing(backend: str, restore_threads: None) -> None:
+    results = []
+    for threads in (1, 2, 3):
+        native.set_num_threads(threads)
+        inputs = reference.make_inputs([5000, 3000], 9, 3, 64, 20, dtype=torch.bfloat16)
+        results.append(select_pages(**inputs, backend=backend))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,7 @@ def test_caches_that_do_not_fit_are_refused() -> None:
 
 
 def test_copy_engines_are_not_chosen_on_cpu() -> None:
-    chosen = OP.bind("cpu", torch.uint8).__module__
-    assert chosen in ("servd_kernels.swap_blocks.cpu", "servd_kernels.swap_blocks.reference")
+    assert OP.bind("cpu", torch.uint8).__module__ != "servd_kernels.swap_blocks.library"
     with pytest.raises(ValueError, match="copy engines of a GPU"):
         OP.bind("cpu", torch.uint8, backend="library")
 

@@ -1,6 +1,8 @@
 // Owns: how a token's numbers become codes and scales in a block of the paged cache, and back (kv_format.py in C++).
 // Does not know: rotary embedding, attention, or how slots were assigned.
 #pragma once
+#include <type_traits>
+
 #include "simd.hpp"
 
 namespace SERVD_ISA {
@@ -32,6 +34,10 @@ struct KVRow {
 
 template <class A, class B>
 SERVD_INLINE void convert_row(const A* x, B* out, int64_t count) {
+    if constexpr (std::is_same_v<A, B>) {
+        memcpy(out, x, count * sizeof(A));
+        return;
+    }
     int64_t i = 0;
     for (; i + W <= count; i += W) store(out + i, load(x + i));
     if (i < count) store_n(out + i, load_n(x + i, count - i), count - i);

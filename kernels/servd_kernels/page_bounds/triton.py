@@ -1,8 +1,6 @@
 """Owns the Triton page bounds: one program for a page that was written and a kv head.
 Does not know how a row is decoded (triton_kv.py), nor which pages are chosen."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

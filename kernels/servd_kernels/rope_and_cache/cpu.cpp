@@ -6,31 +6,49 @@
 namespace SERVD_ISA {
 namespace {
 
-// x may equal out. Dimensions from rotary_dim on pass through.
-template <class T>
-void rotate_half_split(const T* x, T* out, const float* cosine, const float* sine, int64_t half) {
-    for (int64_t i = 0; i < half; i += W) {
-        int64_t n = lesser(int64_t(W), half - i);
-        vf c = load_n(cosine + i, n), s = load_n(sine + i, n);
-        vf first = load_n(x + i, n), second = load_n(x + half + i, n);
-        store_n(out + i, first * c - second * s, n);
-        store_n(out + half + i, second * c + first * s, n);
+// The angles of one token. Interleaved, they are spread over the pairs: cosines twice, sines as minus and plus.
+struct Angles {
+    const float *cosine, *sine;
+    alignas(64) float spread[2][kMaxKvHeadDim];
+
+    Angles(const float* cos_sin, int64_t half, bool interleaved) : cosine(cos_sin), sine(cos_sin + half) {
+        if (!interleaved) return;
+        for (int64_t i = 0; i < half; ++i) {
+            spread[0][2 * i] = spread[0][2 * i + 1] = cosine[i];
+            spread[1][2 * i] = -sine[i];
+            spread[1][2 * i + 1] = sine[i];
+        }
+        cosine = spread[0];
+        sine = spread[1];
     }
+    Angles(const Angles&) = delete;
+};
+
+// x may equal out.
+template <class T>
+void rotate_half_split(const T* x, T* out, const Angles& angles, int64_t half) {
+    int64_t i = 0;
+    for (; i + W <= half; i += W) {
+        vf c = load(angles.cosine + i), s = load(angles.sine + i), first = load(x + i), second = load(x + half + i);
+        store(out + i, first * c - second * s);
+        store(out + half + i, second * c + first * s);
+    }
+    if (i == half) return;
+    int64_t n = half - i;
+    vf c = load_n(angles.cosine + i, n), s = load_n(angles.sine + i, n);
+    vf first = load_n(x + i, n), second = load_n(x + half + i, n);
+    store_n(out + i, first * c - second * s, n);
+    store_n(out + half + i, second * c + first * s, n);
 }
 
 template <class T>
-void rotate_interleaved(const T* x, T* out, const float* cosine, const float* sine, int64_t half) {
-    // Plain float pairs, W at a time, so that conversion and rounding are those of the vector code.
-    for (int64_t i = 0; i < half; i += W / 2) {
-        int64_t n = lesser(int64_t(W / 2), half - i);
-        float pairs[W], turned[W];
-        store(pairs, load_n(x + 2 * i, 2 * n));
-        for (int64_t j = 0; j < W / 2; ++j) {
-            float c = j < n ? cosine[i + j] : 0.f, s = j < n ? sine[i + j] : 0.f;
-            turned[2 * j] = pairs[2 * j] * c - pairs[2 * j + 1] * s;
-            turned[2 * j + 1] = pairs[2 * j + 1] * c + pairs[2 * j] * s;
-        }
-        store_n(out + 2 * i, load(turned), 2 * n);
+void rotate_interleaved(const T* x, T* out, const Angles& angles, int64_t rotary_dim) {
+    for (int64_t i = 0; i < rotary_dim; i += W) {
+        int64_t n = lesser(int64_t(W), rotary_dim - i);
+        vf c = load_n(angles.cosine + i, n), s = load_n(angles.sine + i, n), v = load_n(x + i, n);
+        vf turned = v * c + swap_lanes<1>(v) * s;
+        if (n == W) store(out + i, turned);
+        else store_n(out + i, turned, n);
     }
 }
 
@@ -61,11 +79,9 @@ struct Call {
 
 // x may equal out; dimensions from rotary_dim on are left to the caller.
 template <class T>
-void rotate(const Call& call, int64_t token, const T* x, T* out) {
-    int64_t half = call.rotary_dim / 2;
-    const float* cosine = call.cos_sin + call.positions[token] * call.rotary_dim;
-    if (call.interleaved) rotate_interleaved(x, out, cosine, cosine + half, half);
-    else rotate_half_split(x, out, cosine, cosine + half, half);
+void rotate(const Call& call, const Angles& angles, const T* x, T* out) {
+    if (call.interleaved) rotate_interleaved(x, out, angles, call.rotary_dim);
+    else rotate_half_split(x, out, angles, call.rotary_dim / 2);
 }
 
 // Queries are turned like rotated keys, so that their dot products stay the same.
@@ -81,9 +97,10 @@ void transform_query(T* q, const int32_t* order, int64_t head_dim) {
 template <class T>
 void process_token(const Call& call, int64_t token) {
     const KVLayout& layout = call.layout;
+    Angles angles(call.cos_sin + call.positions[token] * call.rotary_dim, call.rotary_dim / 2, call.interleaved);
     for (int64_t h = 0; h < call.q.count; ++h) {
         T* q = call.q.at<T>(token, h);
-        rotate(call, token, q, q);
+        rotate(call, angles, q, q);
         if (layout.k.is_rotated) transform_query(q, call.order_of(h * call.k.count / call.q.count), layout.head_dim);
     }
     int64_t slot = call.slots[token];
@@ -94,7 +111,7 @@ void process_token(const Call& call, int64_t token) {
     for (int64_t h = 0; h < call.k.count; ++h) {
         uint8_t* head = layout.head(call.cache, slot, h);
         const T* k = call.k.at<T>(token, h);
-        rotate(call, token, k, turned);
+        rotate(call, angles, k, turned);
         memcpy(turned + call.rotary_dim, k + call.rotary_dim, rest * sizeof(T));
         encode_row(layout.k, turned, call.order_of(h), layout.head_dim, row);
         place_row(layout, layout.k, row, head, offset);

@@ -1,8 +1,6 @@
 """Owns the Triton rotation and cache write: one program for a token and a few of its heads, of q, of k or of v.
 Does not know how a row is encoded (triton_kv.py), nor how slots were assigned."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +10,7 @@ import triton.language as tl
 
 from servd_kernels.kv_format import KVFormat
 from servd_kernels.rope_and_cache.reference import check_values
-from servd_kernels.triton_kv import hadamard, store_rows
+from servd_kernels.triton_kv import hadamard, store_rows, swap
 from servd_kernels.triton_support import INTERPRETED, POINTERS, CompileCase, narrow, unsupported
 
 _TILE = 512  # numbers of a program
@@ -27,20 +25,26 @@ def supports(device: str, dtype: torch.dtype, *, kv_format: KVFormat, **axes: ob
 
 
 @triton.jit
-def _rotate(x, column, cos_sin, position, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _rotate(
+    x, column, cos_sin, position,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
     """x [rows, dims] float32, turned by the angles of one position."""
     HALF: tl.constexpr = ROTARY // 2
+    is_turned = column < ROTARY
     if INTERLEAVED:
-        angle, partner, is_first = column // 2, column ^ 1, column % 2 == 0
+        angle, is_first = column // 2, column % 2 == 0
+        other = swap(x, 1, ROWS, DIMS)
     else:
         angle, is_first = column % HALF, column < HALF
-        partner = tl.where(is_first, column + HALF, column - HALF)
-    is_turned = column < ROTARY
-    partner = tl.where(is_turned, partner, column)
+        if HALF & (HALF - 1) == 0:
+            other = swap(x, HALF, ROWS, DIMS)
+        else:
+            partner = tl.where(is_first, column + HALF, tl.where(is_turned, column - HALF, column))
+            other = tl.gather(x, tl.broadcast_to(partner[None, :], x.shape), 1)
     cosine = tl.load(cos_sin + position * ROTARY + angle, mask=is_turned, other=1.0)
     sine = tl.load(cos_sin + position * ROTARY + HALF + angle, mask=is_turned, other=0.0)
     sine = tl.where(is_first, -sine, sine)
-    other = tl.gather(x, tl.broadcast_to(partner[None, :], x.shape), 1)
     return tl.where(is_turned[None, :], x * cosine[None, :] + other * sine[None, :], x)
 
 
@@ -64,9 +68,9 @@ def _kernel(
         places = q + token * q_token + head[:, None] * q_head + column[None, :]
         x = tl.load(places, mask=mask, other=0.0).to(tl.float32)
         if ROTARY > 0:
-            x = _rotate(x, column, cos_sin, tl.load(positions + token), ROTARY, INTERLEAVED)
+            x = _rotate(x, column, cos_sin, tl.load(positions + token), ROTARY, INTERLEAVED, ROWS, DIMS)
         if K_ROTATED:
-            x = hadamard(narrow(x, dtype).to(tl.float32), column, WIDTH, SCALE)
+            x = hadamard(narrow(x, dtype).to(tl.float32), column, WIDTH, SCALE, ROWS, DIMS)
         tl.store(places, narrow(x, dtype), mask=mask)
         return
     slot = tl.load(slots + token)
@@ -82,17 +86,17 @@ def _kernel(
         x = tl.load(k + token * k_token + head[:, None] * k_head + column[None, :], mask=mask, other=0.0)
         x = x.to(tl.float32)
         if ROTARY > 0:
-            x = _rotate(x, column, cos_sin, tl.load(positions + token), ROTARY, INTERLEAVED)
+            x = _rotate(x, column, cos_sin, tl.load(positions + token), ROTARY, INTERLEAVED, ROWS, DIMS)
             x = narrow(x, dtype).to(tl.float32)
         if K_ROTATED:
-            x = hadamard(x, column, WIDTH, SCALE)
+            x = hadamard(x, column, WIDTH, SCALE, ROWS, DIMS)
         data, params = base + offset * k_row_bytes, base + k_params + offset * 2
         store_rows(x, data, params, row_mask, mask, column, K_CODE, HEAD_DIM, DIMS, ROWS, K_GROUP, BLOCK_SIZE)
     else:
         x = tl.load(v + token * v_token + head[:, None] * v_head + column[None, :], mask=mask, other=0.0)
         x = x.to(tl.float32)
         if V_ROTATED:
-            x = hadamard(x, column, WIDTH, SCALE)
+            x = hadamard(x, column, WIDTH, SCALE, ROWS, DIMS)
         data, params = base + v_data + offset * v_row_bytes, base + v_params + offset * 2
         store_rows(x, data, params, row_mask, mask, column, V_CODE, HEAD_DIM, DIMS, ROWS, V_GROUP, BLOCK_SIZE)
 
@@ -101,7 +105,7 @@ def _constants(kv_format: KVFormat, rotary_dim: int, interleaved: bool) -> dict[
     head_dim = kv_format.head_dim
     dims, width = triton.next_power_of_2(head_dim), head_dim & -head_dim
     rows = min(_TILE // dims, triton.next_power_of_2(kv_format.num_kv_heads))
-    constants = {"HEAD_DIM": head_dim, "ROTARY": rotary_dim, "BLOCK_SIZE": kv_format.block_size}
+    constants: dict[str, Any] = {"HEAD_DIM": head_dim, "ROTARY": rotary_dim, "BLOCK_SIZE": kv_format.block_size}
     constants |= {"INTERLEAVED": interleaved, "WIDTH": width, "SCALE": width**-0.5, "ROWS": rows, "DIMS": dims}
     for name, side in (("K", kv_format.k), ("V", kv_format.v)):
         constants[f"{name}_CODE"] = side.code.name

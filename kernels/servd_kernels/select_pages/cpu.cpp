@@ -3,11 +3,12 @@
 #include <algorithm>
 
 #include "../common/kernel.hpp"
+#include "../common/tile.hpp"
 
 namespace SERVD_ISA {
 namespace {
 
-constexpr int64_t kPagesPerUnit = 128;
+constexpr int64_t kPagesPerUnit = 128, kPagesAhead = 8;
 
 struct Call {
     const void* q;
@@ -40,31 +41,56 @@ SERVD_INLINE uint32_t ordered(float score) {
     return bits & 0x80000000 ? ~bits : bits | 0x80000000;
 }
 
-// The most that q . k can be for a key within the bounds; infinity if that is NaN, so that the page is read.
-template <class Q, class B>
-SERVD_INLINE float upper_bound(const Q* q, const B* bounds, int64_t dim) {
-    vf sum = {};
+constexpr int kHeads = 4;  // query heads that share the loads of a page's bounds
+
+// The most that q . k can be for a key within the bounds, over HEADS query heads q [HEADS, padded]; infinity if that
+// is NaN, so that the page is read. A channel adds the more with the bound on the side of q's sign.
+template <int HEADS, class B>
+SERVD_INLINE float upper_bound(const float* q, int64_t padded, const B* bounds, int64_t dim) {
+    vf sums[HEADS] = {};
     for (int64_t i = 0; i < dim; i += W) {
         int64_t n = lesser(int64_t(W), dim - i);
-        vf x = load_n(q + i, n), low = x * load_n(bounds + i, n), high = x * load_n(bounds + dim + i, n);
-        sum += ((low > high) | (low != low)) ? low : high;
+        vf least = load_n(bounds + i, n), most = load_n(bounds + dim + i, n);
+#pragma GCC unroll 4
+        for (int h = 0; h < HEADS; ++h) {
+            vf x = load(q + h * padded + i);
+            sums[h] = fma(x, x < 0.f ? least : most, sums[h]);
+        }
     }
-    float score = sum_lanes(sum);
-    return score == score ? score : __builtin_inff();
+    float score = -__builtin_inff();
+    for (int h = 0; h < HEADS; ++h) {
+        float sum = sum_lanes(sums[h]);
+        score = greater(sum == sum ? sum : __builtin_inff(), score);
+    }
+    return score;
 }
 
 template <class Q, class B>
 void score_pages(const Call& call, int64_t request, int64_t head, int64_t first, uint32_t* scores) {
     int64_t count = call.num_pages(request), end = lesser(count, first + kPagesPerUnit);
-    if (count <= call.top_k) return;  // all of them, whatever they score
-    int64_t group = call.q_heads / call.kv_heads;
-    const Q* q = static_cast<const Q*>(call.q) + request * call.q_token_stride + head * group * call.q_head_stride;
+    if (count <= call.top_k || first >= end) return;  // all of them, whatever they score
+    int64_t group = call.q_heads / call.kv_heads, dim = call.head_dim, padded = (dim + W - 1) / W * W;
+    Scratch<float> queries(group * padded);
+    for (int64_t h = 0; h < group; ++h) {
+        const Q* q = static_cast<const Q*>(call.q) + request * call.q_token_stride +
+                     (head * group + h) * call.q_head_stride;
+        for (int64_t i = 0; i < dim; i += W)
+            store(queries.data + h * padded + i, load_n(q + i, lesser(int64_t(W), dim - i)));
+    }
+    const int32_t* table = call.block_tables + request * call.max_blocks;
+    auto bounds_of = [&](int64_t page) {
+        return static_cast<const B*>(call.bounds) + (table[page] * call.kv_heads + head) * 2 * dim;
+    };
     for (int64_t page = first; page < end; ++page) {
-        int64_t block = call.block_tables[request * call.max_blocks + page];
-        const B* bounds = static_cast<const B*>(call.bounds) + (block * call.kv_heads + head) * 2 * call.head_dim;
+        // Blocks lie anywhere in memory: no hardware guesses the next one.
+        const B *bounds = bounds_of(page), *ahead = bounds_of(lesser(page + kPagesAhead, end - 1));
+        for (int64_t i = 0; i < 2 * dim; i += 64 / int64_t(sizeof(B))) __builtin_prefetch(ahead + i);
         float most = -__builtin_inff();
-        for (int64_t h = 0; h < group; ++h)
-            most = greater(upper_bound(q + h * call.q_head_stride, bounds, call.head_dim), most);
+        for (int64_t h = 0; h < group; h += kHeads)
+            with_count<kHeads>(int(lesser(int64_t(kHeads), group - h)), [&](auto heads) {
+                const float* q = queries.data + h * padded;
+                most = greater(upper_bound<decltype(heads)::value>(q, padded, bounds, dim), most);
+            });
         scores[page] = page == 0 || page == count - 1 ? kForced : ordered(most);
     }
 }

@@ -1,8 +1,6 @@
 """Owns the Triton choice of pages: scores by tiles of pages, then the top-k of each row by bisection of the bits.
 Does not know how the bounds were made, nor what attention does with the pages."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,5 +1,5 @@
 """Owns the block swap in one Triton launch: the kernel reaches pinned host memory over the bus (unified addresses).
-Does not know what a block holds. Takes processors that copy engines would not, but thousands of small blocks at once."""
+Does not know what a block holds. It takes processors, which copy engines do not, but small blocks by the thousand."""
 
 from collections.abc import Iterator
 
