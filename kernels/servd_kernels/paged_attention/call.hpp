@@ -102,6 +102,24 @@ inline uint64_t chosen_bits(const Call& call, const Unit& unit, int64_t t) {
     return bits;
 }
 
+// A tile of a unit and what any of its rows sees there: nothing, if there is no such tile.
+struct Place {
+    Unit unit;
+    int64_t t;
+    uint64_t seen;
+};
+
+// The first tile at t or later, before `end`, of which the unit sees anything.
+inline Place find_tile(const Call& call, const Unit& unit, int64_t t, int64_t end) {
+    int64_t first = position_of(call, unit, 0), last = position_of(call, unit, unit.rows - 1);
+    for (; t < end; t += kTokens) {
+        uint64_t seen = seen_by(call, first, last, t);
+        if (seen) seen &= chosen_bits(call, unit, t);
+        if (seen) return {unit, t, seen};
+    }
+    return {unit, end, 0};
+}
+
 // The part of the block that holds token `token` of the unit's request, for the unit's head.
 SERVD_INLINE const char* head_of(const Call& call, const Unit& unit, int64_t token) {
     const Format& format = *call.format;

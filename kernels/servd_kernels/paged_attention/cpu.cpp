@@ -13,20 +13,22 @@ struct Job {
     float* memory;
 };
 
-void run_job(const Call& call, const Job& job) {
+// following: the job after this one, or null.
+void run_job(const Call& call, const Job& job, const Job* following) {
     int64_t width = sums_width(call);
     alignas(64) float span_memory[kStateFloats], total_memory[kStateFloats];
     Tile tile;
+    const Unit* next = following ? &following->unit : nullptr;
     load_rows(call, job.unit, tile);
     if (job.memory) {
         State state = State::empty(job.memory, job.unit.rows, width);
-        compute_span(call, job.unit, job.first_span, tile, state);
+        compute_span(call, job.unit, job.first_span, nullptr, tile, state);
         return;
     }
     State total = State::empty(total_memory, job.unit.rows, width);
     for (int64_t span = job.first_span; span < job.last_span; ++span) {
         State state = State::empty(span_memory, job.unit.rows, width);
-        compute_span(call, job.unit, span, tile, state);
+        compute_span(call, job.unit, span, next, tile, state);
         merge(total, state, job.unit.rows, width);
     }
     write_rows(call, job.unit, total);
@@ -92,7 +94,9 @@ int run(const Call& call) {
         next += State::size(split_jobs.data[i].unit.rows, width);
         jobs.data[count++] = split_jobs.data[i];
     }
-    parallel(count, work, [&call, &jobs](int64_t i) { run_job(call, jobs.data[i]); });
+    parallel(count, work, [&call, &jobs, count](int64_t i) {
+        run_job(call, jobs.data[i], i + 1 < count ? &jobs.data[i + 1] : nullptr);
+    });
     for (int64_t i = 0; i < split;) i += merge_jobs(call, split_jobs.data + i, split - i);
     return 0;
 }

@@ -35,7 +35,8 @@ alignas(64) const char kZeroRow[kMaxHeadDim * 4] = {};
 
 // Tokens of float32 rows to out [kTokens][width], scales applied.
 template <int64_t CODE>
-void decode_values(const Side& side, const char* const* rows, int64_t dim, const float* params, float* out) {
+void decode_values(const Side& side, const char* const* rows, const char* const* ahead, int64_t dim,
+                   const float* params, float* out) {
     int64_t width = padded_width(dim), group = side.num_params ? dim / side.num_groups : dim;
     constexpr int64_t kBits = 32 / dims_of_word(CODE);
     for (int t = 0; t < kTokens; ++t, out += width) {
@@ -43,6 +44,7 @@ void decode_values(const Side& side, const char* const* rows, int64_t dim, const
             char part[W * 4 + 8] = {};
             const char* row = rows[t];
             int64_t offset = d;
+            __builtin_prefetch(ahead[t] + d * kBits / 8);
             if (d + W > dim) {  // a row's end
                 memcpy(part, row + d * kBits / 8, greater((dim - d) * kBits / 8, 0));
                 row = part;
@@ -78,13 +80,16 @@ SERVD_INLINE __m512i load_wide(const char* row, int64_t d, int64_t count) {
 }
 
 template <int64_t CODE>
-void pair_values(const char* const* rows, int64_t dim, uint32_t* out) {
+void pair_values(const char* const* rows, const char* const* ahead, int64_t dim, uint32_t* out) {
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                          37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     int64_t width = padded_width(dim);
     for (int t = 0; t < kTokens; t += 2, out += width) {
         for (int64_t d = 0; d < width; d += 32) {
+            constexpr int kBytes = CODE == kCodeBFloat16 ? 2 : 1;
+            __builtin_prefetch(ahead[t] + d * kBytes);
+            __builtin_prefetch(ahead[t + 1] + d * kBytes);
             __m512i a = load_wide<CODE>(rows[t], d, dim - d), b = load_wide<CODE>(rows[t + 1], d, dim - d);
             _mm512_store_si512(out + d, _mm512_permutex2var_epi16(a, low, b));
             if (d + 16 < width) _mm512_store_si512(out + d + 16, _mm512_permutex2var_epi16(a, high, b));
@@ -93,10 +98,12 @@ void pair_values(const char* const* rows, int64_t dim, uint32_t* out) {
 }
 
 template <>
-void pair_values<kCodeInt4>(const char* const* rows, int64_t dim, uint32_t* out) {
+void pair_values<kCodeInt4>(const char* const* rows, const char* const* ahead, int64_t dim, uint32_t* out) {
     const __m512i low = _mm512_set1_epi16(15);
     for (int t = 0; t < kTokens; t += 2, out += dim) {
         for (int64_t d = 0; d < dim; d += kPairGroup) {
+            __builtin_prefetch(ahead[t] + d / 2);
+            __builtin_prefetch(ahead[t + 1] + d / 2);
             __m512i a = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(rows[t] + d / 2)));
             __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(rows[t + 1] + d / 2)));
             __m512i both = _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
@@ -107,30 +114,43 @@ void pair_values<kCodeInt4>(const char* const* rows, int64_t dim, uint32_t* out)
 }
 #else
 template <int64_t CODE>
-void pair_values(const char* const*, int64_t, uint32_t*) {}
+void pair_values(const char* const*, const char* const*, int64_t, uint32_t*) {}
 #endif
 
-// Fills `values` with the tile at t; `seen` is what any row of the unit sees of it.
-inline void load_values(const Call& call, const Unit& unit, int64_t t, uint64_t seen, Values& values) {
+// Where the tile's values lie; tokens that are not seen are zero.
+inline void find_rows(const Call& call, const Place& place, const char** rows) {
+    const Side& side = call.format->v;
+    int64_t size = call.format->block_size;
+    for (int i = 0; i < kTokens;) {
+        int64_t offset = (place.t + i) % size, length = lesser(size - offset, kTokens - i);
+        bool is_seen = bits_between(i, i + length, 0) & place.seen;
+        const char* row = kZeroRow;
+        if (is_seen) row = head_of(call, place.unit, place.t + i) + side.data_offset + offset * side.row_bytes;
+        for (int64_t k = 0; k < length; ++k, ++i, row += is_seen ? side.row_bytes : 0)
+            rows[i] = place.seen >> i & 1 ? row : kZeroRow;
+    }
+}
+
+// Fills `values` with the tile at `place`, and asks for `next` if that is one.
+inline void load_values(const Call& call, const Place& place, const Place& next, Values& values) {
     const Format& format = *call.format;
     const Side& side = format.v;
-    const char* rows[kTokens];
-    for (int i = 0; i < kTokens;) {
-        int64_t offset = (t + i) % format.block_size, length = lesser(format.block_size - offset, kTokens - i);
-        uint64_t bits = bits_between(i, i + length, 0) & seen;
-        const char* row = bits ? head_of(call, unit, t + i) + side.data_offset + offset * side.row_bytes : nullptr;
-        for (int64_t k = 0; k < length; ++k, ++i, row += bits ? side.row_bytes : 0)
-            rows[i] = seen >> i & 1 ? row : kZeroRow;
+    const char *rows[kTokens], *next_rows[kTokens], **ahead = rows;
+    find_rows(call, place, rows);
+    if (next.seen) find_rows(call, next, ahead = next_rows);
+    if (side.num_params) {
+        load_params(call, place, side, values.params);
+        prefetch_params(call, next, side);
     }
-    if (side.num_params) load_params(call, unit, side, t, seen, values.params);
     values.is_searched = false;
     bool is_paired = value_arithmetic(call) != kFloats;
     with_code(side.code, [&](auto code) {
         constexpr int64_t kCode = decltype(code)::value;
         if (!is_paired)
-            decode_values<kCode>(side, rows, format.head_dim, values.params, reinterpret_cast<float*>(values.words));
+            decode_values<kCode>(side, rows, ahead, format.head_dim, values.params,
+                                 reinterpret_cast<float*>(values.words));
         else if constexpr (kCode != kCodeFloat32 && kCode != kCodeFloat16)
-            pair_values<kCode>(rows, format.head_dim, values.words);
+            pair_values<kCode>(rows, ahead, format.head_dim, values.words);
     });
 }
 
@@ -231,7 +251,7 @@ void multiply_values(const Call& call, const uint32_t* words, const Weights& wei
     for (int64_t d = 0; d < width;) {
         int64_t g = d / group;
         int vectors = next_vectors(lesser(width - d, group) / W);
-        Product product = {weights.words[g][first] + steps.begin, kTokens, {}, width, steps.end - steps.begin,
+        Product product = {weights.words[g][first] + steps.begin, kTokens, {}, {}, width, steps.end - steps.begin,
                            weights.factor[g] + first, keep, sums + d, sums_width(call)};
         for (int n = 0; n < vectors; ++n) product.b[n] = words + steps.begin * width + d + n * W;
         multiply<Dot>(product, rows, vectors);
