@@ -54,7 +54,7 @@ void each_unit(const Call& call, F f) {
         int64_t rows = tokens * call.group();
         for (int32_t head = 0; head < call.format->kv_heads; ++head)
             for (int64_t row = 0; row < rows; row += kRows)
-                f(Unit{request, head, int32_t(row), int32_t(lesser(int64_t(kRows), rows - row))});
+                f(make_unit(call, request, head, row, lesser(int64_t(kRows), rows - row)));
     }
 }
 
@@ -148,7 +148,9 @@ SERVD_EXPORT(paged_attention)(const int64_t* format, const void* q, int64_t q_to
     Call call = {reinterpret_cast<const Format*>(format), q, q_token_stride, q_head_stride, q_dtype,
                  static_cast<const char*>(cache), cu_seqlens_q, seq_lens, block_tables, max_blocks, num_reqs,
                  q_heads, scale, pages, max_pages, out, lse, window, num_sinks, logn_length, softcap,
-                 alibi_slopes, sink_logits};
+                 alibi_slopes, sink_logits, -1};
+    int64_t size = call.format->block_size;
+    if ((size & (size - 1)) == 0) call.block_shift = __builtin_ctzll(size);
     int fault = check(call, num_tokens, num_blocks);
     return fault ? fault : run(call);
 }

@@ -117,6 +117,11 @@ void multiply(const Product& product, int rows, int vectors) {
     });
 }
 
+// The fewest vectors that a product can have and that hold `count`.
+SERVD_INLINE int fitting_vectors(int64_t count) {
+    return count <= 1 ? 1 : count <= 2 || kDotVectors == 2 ? 2 : kDotVectors;
+}
+
 // How many of `left` vectors the next product takes.
 SERVD_INLINE int next_vectors(int64_t left) {
     return left >= kDotVectors ? kDotVectors : left >= 2 ? 2 : 1;

@@ -80,7 +80,7 @@ inline void load_queries(const Call& call, const Unit& unit, Queries& queries) {
         uint32_t* words = queries.words + r * queries.stride;
         float factor = call.scale * pack_query(q, dim, side.code, arithmetic, words);
         if (call.logn_length > 0) {
-            double logarithm = __builtin_log(double(position_of(call, unit, r) + 1));
+            double logarithm = __builtin_log(double(unit.first_position + (row / group) - unit.first_row / group + 1));
             factor *= float(greater(1.0, logarithm / __builtin_log(double(call.logn_length))));
         }
         queries.factor[r] = factor;
@@ -155,7 +155,7 @@ inline void gather_run(const Call& call, const Unit& unit, int64_t t, uint32_t s
     int64_t size = format.block_size, words = format.k.row_bytes / 4;
     const char *rows[kRun], *last = nullptr;
     for (int64_t i = 0; i < kRun;) {
-        int64_t offset = (t + i) % size, length = lesser(size - offset, kRun - i);
+        int64_t offset = call.offset_of(t + i), length = lesser(size - offset, kRun - i);
         if (seen >> i & ((1u << length) - 1)) {
             const char* data = head_of(call, unit, t + i) + format.k.data_offset;
             last = data;
@@ -242,7 +242,7 @@ void pair_run(int64_t, const uint32_t*, const uint32_t*, int64_t, uint32_t*) {}
 SERVD_INLINE const uint32_t* run_of(const Call& call, const Place& place, int run) {
     int64_t t = place.t + run * kRun;
     auto* data = reinterpret_cast<const uint32_t*>(head_of(call, place.unit, t) + call.format->k.data_offset);
-    return data + t % call.format->block_size;
+    return data + call.offset_of(t);
 }
 
 SERVD_INLINE uint32_t run_bits(const Place& place, int run) { return uint32_t(place.seen >> (run * kRun)) & 0xffff; }
@@ -287,9 +287,9 @@ inline void load_keys(const Call& call, const Place& place, const Place& next, K
 }
 
 template <class Dot>
-void multiply_keys(const Queries& queries, const Keys& keys, int row, int rows, int64_t begin, int64_t steps,
-                   float* out) {
-    for (int v = 0; v < kTokens; v += kDotVectors * W) {
+void multiply_keys(const Queries& queries, const Keys& keys, int row, int rows, int tokens, int64_t begin,
+                   int64_t steps, float* out) {
+    for (int v = 0; v < tokens; v += kDotVectors * W) {
         Product product = {queries.words + row * queries.stride + begin, queries.stride, {}, {}, keys.stride, steps,
                            queries.factor + row, nullptr, out + v, kTokens};
         for (int n = 0; n < kDotVectors; ++n) {
@@ -297,20 +297,22 @@ void multiply_keys(const Queries& queries, const Keys& keys, int row, int rows, 
             product.b[n] = keys.runs[token / kRun] + token % kRun + begin * keys.stride;
             product.ahead[n] = keys.ahead[token / kRun] + token % kRun + begin * keys.stride;
         }
-        if (keys.has_ahead && row == 0) multiply<Dot, true>(product, rows, kDotVectors);
-        else multiply<Dot>(product, rows, kDotVectors);
+        int vectors = keys.has_ahead ? kDotVectors : fitting_vectors((tokens - v + W - 1) / W);
+        if (keys.has_ahead && row == 0) multiply<Dot, true>(product, rows, vectors);
+        else multiply<Dot>(product, rows, vectors);
     }
 }
 
-// scores [rows][kTokens] of rows row.. of the unit; kDotRows at most.
-inline void score_rows(const Call& call, const Queries& queries, const Keys& keys, int row, int rows, float* scores) {
+// scores [rows][kTokens] of rows row.. of the unit, kDotRows at most, for the first `tokens` keys of the tile.
+inline void score_rows(const Call& call, const Queries& queries, const Keys& keys, int row, int rows, int tokens,
+                       float* scores) {
     const Side& side = call.format->k;
     int64_t dim = call.format->head_dim, groups = side.num_groups;
     Arithmetic arithmetic = arithmetic_of(call, side.code);
-    if (arithmetic == kFloats) return multiply_keys<FloatDot>(queries, keys, row, rows, 0, dim, scores);
+    if (arithmetic == kFloats) return multiply_keys<FloatDot>(queries, keys, row, rows, tokens, 0, dim, scores);
     if (side.num_params < 2) {
-        if (arithmetic == kInt16Pairs) multiply_keys<Int16Dot>(queries, keys, row, rows, 0, dim / 2, scores);
-        else multiply_keys<BFloat16Dot>(queries, keys, row, rows, 0, dim / 2, scores);
+        if (arithmetic == kInt16Pairs) multiply_keys<Int16Dot>(queries, keys, row, rows, tokens, 0, dim / 2, scores);
+        else multiply_keys<BFloat16Dot>(queries, keys, row, rows, tokens, 0, dim / 2, scores);
         for (int i = 0; side.num_params && i < rows * kTokens; i += W)
             store(scores + i, load(scores + i) * load(keys.params + i % kTokens));
         return;
@@ -319,7 +321,7 @@ inline void score_rows(const Call& call, const Queries& queries, const Keys& key
     memset(scores, 0, rows * kTokens * sizeof(float));
     for (int64_t g = 0; g < groups; ++g) {
         int64_t steps = dim / groups / 2;
-        multiply_keys<Int16Dot>(queries, keys, row, rows, g * steps, steps, part);
+        multiply_keys<Int16Dot>(queries, keys, row, rows, tokens, g * steps, steps, part);
         const float *scale = keys.params + 2 * g * kTokens, *minimum = scale + kTokens;
         for (int i = 0; i < rows * kTokens; i += W) {
             vf sum = broadcast(queries.sums[(row + i / kTokens) * groups + g]);

@@ -21,11 +21,13 @@ struct Tile {
     Keys keys;
     Values values;
     int64_t positions[kRows];
+    alignas(64) float lanes[kRows * W];  // the rows' sums of weights
 };
 
 inline void load_rows(const Call& call, const Unit& unit, Tile& tile) {
     load_queries(call, unit, tile.queries);
-    for (int r = 0; r < unit.rows; ++r) tile.positions[r] = position_of(call, unit, r);
+    int64_t group = call.group(), skipped = unit.first_row % group;
+    for (int r = 0; r < unit.rows; ++r) tile.positions[r] = unit.first_position + (skipped + r) / group;
 }
 
 // The tile at `place`, whose keys and values are loaded.
@@ -34,27 +36,25 @@ inline void compute_tile(const Call& call, const Place& place, Tile& tile, const
     int64_t t = place.t;
     int64_t width = sums_width(call), group = call.group();
     bool has_options = call.alibi_slopes || call.softcap > 0;
-    bool is_rounded = value_arithmetic(call) == kBFloat16Pairs && call.format->v.num_params == 0;
     alignas(64) float scores[kDotRows * kTokens];
+    Weights weights;
     for (int row = 0; row < unit.rows; row += kDotRows) {
         int rows = lesser(kDotRows, unit.rows - row);
         uint64_t seen[kDotRows], any = 0;
-        float keep[kDotRows];
+        float keep[kDotRows], *top = state.top + row, *lanes = tile.lanes + row * W;
         for (int r = 0; r < rows; ++r) {
             int64_t position = tile.positions[row + r];
             any |= seen[r] = seen_by(call, position, position, t) & place.seen;
         }
         if (!any) continue;
-        score_rows(call, tile.queries, tile.keys, row, rows, scores);
-        for (int r = 0; r < rows; ++r) {
-            float* p = scores + r * kTokens;
+        score_rows(call, tile.queries, tile.keys, row, rows, kTokens - __builtin_clzll(any), scores);
+        for (int r = 0; has_options && r < rows; ++r) {
             int64_t head = unit.kv_head * group + (unit.first_row + row + r) % group;
-            if (has_options) apply_options(call, head, tile.positions[row + r], t, p);
-            keep[r] = 1.f;
-            if (seen[r]) keep[r] = soften(p, seen[r], is_rounded, state.top[row + r], state.sum[row + r]);
-            else memset(p, 0, kTokens * sizeof(float));
+            apply_options(call, head, tile.positions[row + r], t, scores + r * kTokens);
         }
-        add_values(call, tile.values, scores, seen, rows, keep, state.sums + row * width);
+        if (are_softened_pairs(call)) soften<true>(scores, seen, rows, top, lanes, keep, weights);
+        else soften<false>(scores, seen, rows, top, lanes, keep, weights);
+        add_values(call, tile.values, scores, seen, rows, keep, weights, state.sums + row * width);
     }
 }
 
@@ -64,6 +64,7 @@ inline void compute_span(const Call& call, const Unit& unit, int64_t span, const
                          const State& state) {
     int64_t last = reach(call, unit).end, end = lesser((span + 1) * kSpan, last);
     Place place = find_tile(call, unit, span * kSpan, end);
+    memset(tile.lanes, 0, unit.rows * W * sizeof(float));
     while (place.t < end) {
         Place next = find_tile(call, unit, place.t + kTokens, last), ahead = next;
         if (!next.seen && following) ahead = find_tile(call, *following, 0, reach(call, *following).end);
@@ -73,6 +74,7 @@ inline void compute_span(const Call& call, const Unit& unit, int64_t span, const
         compute_tile(call, place, tile, state);
         place = next;
     }
+    for (int r = 0; r < unit.rows; ++r) state.sum[r] = sum_lanes(load(tile.lanes + r * W));
 }
 
 // In place; the same as kv_format.hadamard.

@@ -22,6 +22,11 @@ SERVD_INLINE int64_t sums_width(const Call& call) {
     return padded_width(call.format->head_dim) + (has_minima(call) ? 16 : 0);
 }
 
+// Whether the softmax itself leaves a row's weights as bfloat16: where no scale comes in between.
+SERVD_INLINE bool are_softened_pairs(const Call& call) {
+    return value_arithmetic(call) == kBFloat16Pairs && call.format->v.num_params == 0;
+}
+
 // A tile of values: float32 [kTokens][width], or pairs of tokens [kTokens / 2][width]. Tokens that no row sees are
 // zero. int4 pairs hold, for each group, its even dimensions and then its odd ones.
 struct Values {
@@ -120,14 +125,20 @@ void pair_values(const char* const*, const char* const*, int64_t, uint32_t*) {}
 // Where the tile's values lie; tokens that are not seen are zero.
 inline void find_rows(const Call& call, const Place& place, const char** rows) {
     const Side& side = call.format->v;
-    int64_t size = call.format->block_size;
-    for (int i = 0; i < kTokens;) {
-        int64_t offset = (place.t + i) % size, length = lesser(size - offset, kTokens - i);
-        bool is_seen = bits_between(i, i + length, 0) & place.seen;
-        const char* row = kZeroRow;
-        if (is_seen) row = head_of(call, place.unit, place.t + i) + side.data_offset + offset * side.row_bytes;
-        for (int64_t k = 0; k < length; ++k, ++i, row += is_seen ? side.row_bytes : 0)
-            rows[i] = place.seen >> i & 1 ? row : kZeroRow;
+    int64_t stride = side.row_bytes, start = side.data_offset;
+    bool in_runs = call.format->block_size % kRun == 0;
+    for (int i = 0; i < kTokens; i += kRun) {
+        uint64_t bits = place.seen >> i & 0xffff;
+        if (in_runs && bits == 0xffff) {
+            const char* row = head_of(call, place.unit, place.t + i) + start + call.offset_of(place.t + i) * stride;
+            for (int k = 0; k < kRun; ++k) rows[i + k] = row + k * stride;
+            continue;
+        }
+        for (int k = 0; k < kRun; ++k) {
+            int64_t t = place.t + i + k;
+            rows[i + k] = kZeroRow;
+            if (bits >> k & 1) rows[i + k] = head_of(call, place.unit, t) + start + call.offset_of(t) * stride;
+        }
     }
 }
 
@@ -207,10 +218,10 @@ inline float scale_weights(const float* p, uint64_t seen, const float* scale, ui
     return top / 32767.f;
 }
 
+// bfloat16 weights of one row: p * scale.
 inline void round_weights(const float* p, uint64_t seen, const float* scale, uint32_t* out) {
     for (int i = 0; i < kRuns; ++i) {
-        vf w = load(p + i * 16);
-        if (scale) w = _mm512_maskz_mul_ps(__mmask16(seen >> (i * 16)), w, load(scale + i * 16));
+        vf w = _mm512_maskz_mul_ps(__mmask16(seen >> (i * 16)), load(p + i * 16), load(scale + i * 16));
         _mm256_storeu_si256((__m256i*)out + i, (__m256i)_mm512_cvtneps_pbh(w));
     }
 }
@@ -219,14 +230,15 @@ inline float scale_weights(const float*, uint64_t, const float*, uint32_t*) { re
 inline void round_weights(const float*, uint64_t, const float*, uint32_t*) {}
 #endif
 
-// p [rows][kTokens] -> weights; keep [rows] scales what `sums` [rows][sums_width] holds of minima.
+// p [rows][kTokens] -> weights, unless the softmax has written them; keep [rows] scales what `sums` [rows][sums_width] holds of minima.
 inline void pack_weights(const Call& call, const Values& values, const float* p, const uint64_t* seen, int rows,
                          const float* keep, float* sums, Weights& weights) {
     const Side& side = call.format->v;
     Arithmetic arithmetic = value_arithmetic(call);
     int64_t groups = has_minima(call) ? side.num_groups : 1;
     for (int r = 0; r < rows; ++r, p += kTokens) {
-        for (int64_t g = 0; g < groups; ++g) {
+        if (are_softened_pairs(call)) weights.factor[0][r] = 1.f;
+        for (int64_t g = 0; g < groups && !are_softened_pairs(call); ++g) {
             const float* scale = side.num_params ? values.params + g * side.num_params * kTokens : nullptr;
             weights.factor[g][r] = 1.f;
             if (arithmetic == kFloats) memcpy(weights.words[0][r], p, kTokens * sizeof(float));
@@ -274,8 +286,7 @@ inline void multiply_values(const Call& call, const uint32_t* words, const Weigh
 // zero times an unseen token's NaN would still be NaN: there a row works on a copy without that token, in the same
 // order.
 inline void add_values(const Call& call, Values& values, const float* p, const uint64_t* seen, int rows,
-                       const float* keep, float* sums) {
-    Weights weights;
+                       const float* keep, Weights& weights, float* sums) {
     pack_weights(call, values, p, seen, rows, keep, sums, weights);
     uint64_t any = 0, all = ~uint64_t(0);
     for (int r = 0; r < rows; ++r) any |= seen[r], all &= seen[r];
