@@ -10,25 +10,51 @@ from servd_kernels.bench import Case
 from servd_kernels.kv_format import KVFormat
 from servd_kernels.paged_attention import OP, reference
 
-_Q_HEADS, _KV_HEADS, _HEAD_DIM = 9, 3, 64
+_BLOCK_SIZE = 16
+_STARTER = (9, 3, 64)  # query heads, key/value heads, head size
+_LLAMA_8B = (32, 8, 128)
+
+# Query length, sequence length, requests.
+_SHAPES = {
+    "decode 32x300": (1, 300, 32),
+    "decode 32x2048": (1, 2048, 32),
+    "decode 1x8000": (1, 8000, 1),
+    "prefill 512": (512, 512, 1),
+    "prefill 2048": (2048, 2048, 1),
+}
+_CODES = {  # dtype of the queries, keys, values
+    "float32": (torch.float32, "float32", "float32"),
+    "bfloat16": (torch.bfloat16, "bfloat16", "bfloat16"),
+    "fp8_e4m3": (torch.bfloat16, "fp8_e4m3", "fp8_e4m3"),
+    "int8": (torch.bfloat16, "int8", "int8"),
+    "k8v4": (torch.bfloat16, "int8", "int4"),
+    "int4": (torch.bfloat16, "int4", "int4"),
+}
 
 
-def _case(name: str, query_len: int, seq_len: int, requests: int, dtype: torch.dtype) -> Case:
-    code = str(dtype).removeprefix("torch.")
-    run = OP.bind("cpu", dtype, kv_format=KVFormat(code, code, _KV_HEADS, _HEAD_DIM, 16))
+def _case(shape: str, code: str, heads: tuple[int, int, int]) -> Case:
+    query_len, seq_len, requests = _SHAPES[shape]
+    dtype, key, value = _CODES[code]
+    q_heads, kv_heads, head_dim = heads
+    kv_format = KVFormat(key, value, kv_heads, head_dim, _BLOCK_SIZE, key_words=True)
+    run = OP.bind("cpu", dtype, kv_format=kv_format)
 
     def make(seed: int) -> tuple[Callable[[], object], Callable[[], object]]:
         inputs = reference.make_inputs(
             [query_len] * requests,
             [seq_len] * requests,
-            _Q_HEADS,
-            _KV_HEADS,
-            _HEAD_DIM,
+            q_heads,
+            kv_heads,
+            head_dim,
+            _BLOCK_SIZE,
             dtype=dtype,
+            key=key,
+            value=value,
+            key_words=True,
             seed=seed,
         )
-        q = torch.randn(requests, _Q_HEADS, query_len, _HEAD_DIM).to(dtype)
-        k, v = torch.randn(2, requests, _KV_HEADS, seq_len, _HEAD_DIM).to(dtype)
+        q = torch.randn(requests, q_heads, query_len, head_dim).to(dtype)
+        k, v = torch.randn(2, requests, kv_heads, seq_len, head_dim).to(dtype)
         arguments = tuple(inputs.values())
 
         def dense() -> torch.Tensor:
@@ -36,18 +62,14 @@ def _case(name: str, query_len: int, seq_len: int, requests: int, dtype: torch.d
 
         return lambda: run(*arguments), dense
 
-    keys = requests * seq_len
     pairs = requests * (seq_len if query_len == 1 else query_len * (query_len + 1) // 2)
-    moved = dtype.itemsize * 2 * _HEAD_DIM * (keys * _KV_HEADS + requests * query_len * _Q_HEADS)
-    return Case(f"{name} {code}", make, moved, 4 * pairs * _Q_HEADS * _HEAD_DIM)
+    moved = requests * seq_len * kv_format.block_bytes // _BLOCK_SIZE
+    moved += 2 * dtype.itemsize * requests * query_len * q_heads * head_dim
+    name = f"{shape} {code}" + (f" {q_heads}/{kv_heads}/{head_dim}" if heads != _STARTER else "")
+    return Case(name, make, moved, 4 * pairs * q_heads * head_dim)
 
 
 CASES = [
-    _case(name, *shape, dtype)
-    for dtype in (torch.float32, torch.bfloat16)
-    for name, shape in {
-        "decode 32x300": (1, 300, 32),
-        "decode 1x8000": (1, 8000, 1),
-        "prefill 512": (512, 512, 1),
-    }.items()
+    *(_case(shape, code, _STARTER) for shape in _SHAPES for code in _CODES),
+    *(_case(shape, code, _LLAMA_8B) for shape in ("decode 1x8000", "prefill 512") for code in ("bfloat16", "int8")),
 ]

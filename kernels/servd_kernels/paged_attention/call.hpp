@@ -42,22 +42,30 @@ struct Call {
     int64_t window, num_sinks, logn_length;
     float softcap;
     const float *alibi_slopes, *sink_logits;  // [q_heads] or null
+    int block_shift;  // log2 of the block size, or -1: divisions would take a third of a short tile's time
 
+    int64_t block_of(int64_t token) const {
+        return block_shift >= 0 ? token >> block_shift : token / format->block_size;
+    }
+    int64_t offset_of(int64_t token) const { return token - block_of(token) * format->block_size; }
     int64_t group() const { return q_heads / format->kv_heads; }
 };
 
 // A run of rows of one request and one key/value head. Row i is token i / group, head i % group.
 struct Unit {
     int32_t request, kv_head, first_row, rows;
+    int64_t first_position, last_position;
 };
 
 struct Range {
     int64_t begin, end;
 };
 
-SERVD_INLINE int64_t position_of(const Call& call, const Unit& unit, int row) {
-    int64_t tokens = call.cu_seqlens_q[unit.request + 1] - call.cu_seqlens_q[unit.request];
-    return call.seq_lens[unit.request] - tokens + (unit.first_row + row) / call.group();
+SERVD_INLINE Unit make_unit(const Call& call, int64_t request, int64_t head, int64_t row, int64_t rows) {
+    int64_t tokens = call.cu_seqlens_q[request + 1] - call.cu_seqlens_q[request], group = call.group();
+    int64_t position = call.seq_lens[request] - tokens;
+    return {int32_t(request), int32_t(head), int32_t(row), int32_t(rows), position + row / group,
+            position + (row + rows - 1) / group};
 }
 
 // The first key that the window leaves to a query at `position`.
@@ -67,8 +75,8 @@ SERVD_INLINE int64_t window_begin(const Call& call, int64_t position) {
 
 // The keys that any row of the unit may see, and those between.
 SERVD_INLINE Range reach(const Call& call, const Unit& unit) {
-    int64_t first = window_begin(call, position_of(call, unit, 0));
-    return {call.num_sinks > 0 ? 0 : first, position_of(call, unit, unit.rows - 1) + 1};
+    int64_t first = window_begin(call, unit.first_position);
+    return {call.num_sinks > 0 ? 0 : first, unit.last_position + 1};
 }
 
 // Tokens [begin, end) as bits of the tile that begins at token t.
@@ -102,10 +110,28 @@ inline uint64_t chosen_bits(const Call& call, const Unit& unit, int64_t t) {
     return bits;
 }
 
+// A tile of a unit and what any of its rows sees there: nothing, if there is no such tile.
+struct Place {
+    Unit unit;
+    int64_t t;
+    uint64_t seen;
+};
+
+// The first tile at t or later, before `end`, of which the unit sees anything.
+inline Place find_tile(const Call& call, const Unit& unit, int64_t t, int64_t end) {
+    int64_t first = unit.first_position, last = unit.last_position;
+    for (; t < end; t += kTokens) {
+        uint64_t seen = seen_by(call, first, last, t);
+        if (seen) seen &= chosen_bits(call, unit, t);
+        if (seen) return {unit, t, seen};
+    }
+    return {unit, end, 0};
+}
+
 // The part of the block that holds token `token` of the unit's request, for the unit's head.
 SERVD_INLINE const char* head_of(const Call& call, const Unit& unit, int64_t token) {
     const Format& format = *call.format;
-    int64_t block = call.block_tables[unit.request * call.table_stride + token / format.block_size];
+    int64_t block = call.block_tables[unit.request * call.table_stride + call.block_of(token)];
     return call.cache + block * format.block_bytes + unit.kv_head * format.head_bytes;
 }
 

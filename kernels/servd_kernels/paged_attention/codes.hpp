@@ -101,7 +101,7 @@ SERVD_INLINE vf select(uint64_t bits, vf yes, vf no) {
 
 // Where the first parameter of token t lies; the next ones follow a block's size apart.
 SERVD_INLINE const f16* params_of(const Call& call, const Unit& unit, const Side& side, int64_t t) {
-    return reinterpret_cast<const f16*>(head_of(call, unit, t) + side.params_offset) + t % call.format->block_size;
+    return reinterpret_cast<const f16*>(head_of(call, unit, t) + side.params_offset) + call.offset_of(t);
 }
 
 SERVD_INLINE void store_params(const f16* source, uint64_t seen, float* out) {
@@ -111,9 +111,22 @@ SERVD_INLINE void store_params(const f16* source, uint64_t seen, float* out) {
     }
 }
 
-// Scales and minima of the tile at t, out [parameter][kTokens]; zero for tokens not in `seen`. Infinity becomes
-// NaN: a group that held infinity decodes to NaN as a whole.
-inline void load_params(const Call& call, const Unit& unit, const Side& side, int64_t t, uint64_t seen, float* out) {
+// Asks memory for a later tile's parameters.
+inline void prefetch_params(const Call& call, const Place& next, const Side& side) {
+    int64_t size = call.format->block_size, bytes = side.num_groups * side.num_params * size * 2;
+    for (int64_t t = next.t - call.offset_of(next.t); t < next.t + kTokens; t += size) {
+        if (!(bits_between(t, t + size, next.t) & next.seen)) continue;
+        auto* source = reinterpret_cast<const char*>(params_of(call, next.unit, side, t));
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(source + i);
+    }
+}
+
+// Scales and minima of a tile, out [parameter][kTokens]; zero for tokens that are not seen. Infinity becomes NaN:
+// a group that held infinity decodes to NaN as a whole.
+inline void load_params(const Call& call, const Place& place, const Side& side, float* out) {
+    const Unit& unit = place.unit;
+    int64_t t = place.t;
+    uint64_t seen = place.seen;
     int64_t size = call.format->block_size, count = side.num_groups * side.num_params;
     for (int run = 0; run < kRuns; ++run, t += kRun, out += kRun, seen >>= kRun) {
         if (size % kRun == 0 && (seen & 0xffff)) {

@@ -13,20 +13,22 @@ struct Job {
     float* memory;
 };
 
-void run_job(const Call& call, const Job& job) {
+// following: the job after this one, or null.
+void run_job(const Call& call, const Job& job, const Job* following) {
     int64_t width = sums_width(call);
     alignas(64) float span_memory[kStateFloats], total_memory[kStateFloats];
     Tile tile;
+    const Unit* next = following ? &following->unit : nullptr;
     load_rows(call, job.unit, tile);
     if (job.memory) {
         State state = State::empty(job.memory, job.unit.rows, width);
-        compute_span(call, job.unit, job.first_span, tile, state);
+        compute_span(call, job.unit, job.first_span, nullptr, tile, state);
         return;
     }
     State total = State::empty(total_memory, job.unit.rows, width);
     for (int64_t span = job.first_span; span < job.last_span; ++span) {
         State state = State::empty(span_memory, job.unit.rows, width);
-        compute_span(call, job.unit, span, tile, state);
+        compute_span(call, job.unit, span, next, tile, state);
         merge(total, state, job.unit.rows, width);
     }
     write_rows(call, job.unit, total);
@@ -52,7 +54,7 @@ void each_unit(const Call& call, F f) {
         int64_t rows = tokens * call.group();
         for (int32_t head = 0; head < call.format->kv_heads; ++head)
             for (int64_t row = 0; row < rows; row += kRows)
-                f(Unit{request, head, int32_t(row), int32_t(lesser(int64_t(kRows), rows - row))});
+                f(make_unit(call, request, head, row, lesser(int64_t(kRows), rows - row)));
     }
 }
 
@@ -92,7 +94,9 @@ int run(const Call& call) {
         next += State::size(split_jobs.data[i].unit.rows, width);
         jobs.data[count++] = split_jobs.data[i];
     }
-    parallel(count, work, [&call, &jobs](int64_t i) { run_job(call, jobs.data[i]); });
+    parallel(count, work, [&call, &jobs, count](int64_t i) {
+        run_job(call, jobs.data[i], i + 1 < count ? &jobs.data[i + 1] : nullptr);
+    });
     for (int64_t i = 0; i < split;) i += merge_jobs(call, split_jobs.data + i, split - i);
     return 0;
 }
@@ -144,7 +148,9 @@ SERVD_EXPORT(paged_attention)(const int64_t* format, const void* q, int64_t q_to
     Call call = {reinterpret_cast<const Format*>(format), q, q_token_stride, q_head_stride, q_dtype,
                  static_cast<const char*>(cache), cu_seqlens_q, seq_lens, block_tables, max_blocks, num_reqs,
                  q_heads, scale, pages, max_pages, out, lse, window, num_sinks, logn_length, softcap,
-                 alibi_slopes, sink_logits};
+                 alibi_slopes, sink_logits, -1};
+    int64_t size = call.format->block_size;
+    if ((size & (size - 1)) == 0) call.block_shift = __builtin_ctzll(size);
     int fault = check(call, num_tokens, num_blocks);
     return fault ? fault : run(call);
 }

@@ -26,11 +26,12 @@ SERVD_INLINE vf load_floats(const uint32_t* p) {
 struct FloatDot {
     using Sum = vf;
     SERVD_INLINE vf load(const uint32_t* p) { return load_floats(p); }
-    SERVD_INLINE vf step(vf sum, const uint32_t* a, vf b) {
+    SERVD_INLINE vf spread(const uint32_t* p) {
         float value;
-        memcpy(&value, a, sizeof value);
-        return fma(broadcast(value), b, sum);
+        memcpy(&value, p, sizeof value);
+        return broadcast(value);
     }
+    SERVD_INLINE vf step(vf sum, vf a, vf b) { return fma(a, b, sum); }
     SERVD_INLINE vf finish(vf sum) { return sum; }
 };
 
@@ -39,8 +40,9 @@ struct FloatDot {
 struct BFloat16Dot {
     using Sum = vf;
     SERVD_INLINE vi load(const uint32_t* p) { return (vi)_mm512_loadu_si512(p); }
-    SERVD_INLINE vf step(vf sum, const uint32_t* a, vi b) {
-        asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
+    SERVD_INLINE vi spread(const uint32_t* p) { return (vi)_mm512_set1_epi32(int32_t(*p)); }
+    SERVD_INLINE vf step(vf sum, vi a, vi b) {
+        asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
         return sum;
     }
     SERVD_INLINE vf finish(vf sum) { return sum; }
@@ -49,8 +51,9 @@ struct BFloat16Dot {
 struct Int16Dot {
     using Sum = vi;
     SERVD_INLINE vi load(const uint32_t* p) { return (vi)_mm512_loadu_si512(p); }
-    SERVD_INLINE vi step(vi sum, const uint32_t* a, vi b) {
-        asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
+    SERVD_INLINE vi spread(const uint32_t* p) { return (vi)_mm512_set1_epi32(int32_t(*p)); }
+    SERVD_INLINE vi step(vi sum, vi a, vi b) {
+        asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
         return sum;
     }
     SERVD_INLINE vf finish(vi sum) { return __builtin_convertvector(sum, vf); }
@@ -65,14 +68,14 @@ using Int16Dot = FloatDot;
 struct Product {
     const uint32_t* a;
     int64_t a_stride;
-    const uint32_t* b[kDotVectors];
+    const uint32_t *b[kDotVectors], *ahead[kDotVectors];  // ahead: where the next product's B lies in memory
     int64_t b_stride, steps;
     const float *factor, *keep;
     float* out;
     int64_t out_stride;
 };
 
-template <class Dot, int ROWS, int VECTORS>
+template <class Dot, int ROWS, int VECTORS, bool AHEAD>
 __attribute__((noinline)) void multiply_block(const Product& product) {
     typename Dot::Sum sum[ROWS][VECTORS] = {};
     const uint32_t *a = product.a, *b[VECTORS];
@@ -81,11 +84,16 @@ __attribute__((noinline)) void multiply_block(const Product& product) {
     for (int64_t i = 0; i < product.steps; ++i) {
         decltype(Dot::load(a)) column[VECTORS];
 #pragma GCC unroll 4
-        for (int n = 0; n < VECTORS; ++n) column[n] = Dot::load(b[n] + i * b_stride);
+        for (int n = 0; n < VECTORS; ++n) {
+            column[n] = Dot::load(b[n] + i * b_stride);
+            if (AHEAD) __builtin_prefetch(product.ahead[n] + i * b_stride);
+        }
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r)
+        for (int r = 0; r < ROWS; ++r) {
+            auto value = Dot::spread(a + r * a_stride + i);
 #pragma GCC unroll 4
-            for (int n = 0; n < VECTORS; ++n) sum[r][n] = Dot::step(sum[r][n], a + r * a_stride + i, column[n]);
+            for (int n = 0; n < VECTORS; ++n) sum[r][n] = Dot::step(sum[r][n], value, column[n]);
+        }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
@@ -99,14 +107,19 @@ __attribute__((noinline)) void multiply_block(const Product& product) {
     }
 }
 
-template <class Dot>
+template <class Dot, bool AHEAD = false>
 void multiply(const Product& product, int rows, int vectors) {
     with_count<kDotRows>(rows, [&](auto height) {
         constexpr int kHeight = decltype(height)::value;
-        if (vectors == kDotVectors) multiply_block<Dot, kHeight, kDotVectors>(product);
-        else if (kDotVectors == 4 && vectors == 2) multiply_block<Dot, kHeight, 2>(product);
-        else multiply_block<Dot, kHeight, 1>(product);
+        if (vectors == kDotVectors) multiply_block<Dot, kHeight, kDotVectors, AHEAD>(product);
+        else if (kDotVectors == 4 && vectors == 2) multiply_block<Dot, kHeight, 2, false>(product);
+        else multiply_block<Dot, kHeight, 1, false>(product);
     });
+}
+
+// The fewest vectors that a product can have and that hold `count`.
+SERVD_INLINE int fitting_vectors(int64_t count) {
+    return count <= 1 ? 1 : count <= 2 || kDotVectors == 2 ? 2 : kDotVectors;
 }
 
 // How many of `left` vectors the next product takes.

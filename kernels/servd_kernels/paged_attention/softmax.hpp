@@ -38,28 +38,65 @@ inline void apply_options(const Call& call, int64_t head, int64_t position, int6
     }
 }
 
-// Turns scores into weights relative to the row's new maximum, zero where not seen; returns the factor for what
-// the row held before. is_rounded: the weights become bfloat16, so that their sum is of what is multiplied.
-inline float soften(float* scores, uint64_t seen, bool is_rounded, float& top, float& sum) {
-    constexpr int kVectors = kTokens / W;
+// Hides what a row does not see of its scores [kTokens]; returns the highest of the others.
+SERVD_INLINE float hide(float* scores, uint64_t seen) {
     const vf none = broadcast(-__builtin_inff());
-    vf weights[kVectors], highest = none, total = {};
-    for (int v = 0; v < kVectors; ++v) {
-        weights[v] = select(seen >> (v * W), load(scores + v * W), none);
-        highest = vmax(highest, weights[v]);
+    vf highest = none;
+    if (seen == ~uint64_t(0)) {
+        for (int v = 0; v < kTokens; v += W) highest = vmax(highest, load(scores + v));
+        return max_lanes(highest);
     }
-    float new_top = max_lanes(highest);
-    new_top = top > new_top ? top : new_top;
-    for (int v = 0; v < kVectors; ++v) {
-        weights[v] = vexp(weights[v] - new_top);
-        if (is_rounded) weights[v] = (vf)(((vu)weights[v] + 0x8000) & 0xffff0000u);
-        store(scores + v * W, weights[v]);
-        total += weights[v];
+    for (int v = 0; v < kTokens; v += W) {
+        vf score = select(seen >> v, load(scores + v), none);
+        store(scores + v, score);
+        highest = vmax(highest, score);
     }
-    float keep = top == new_top ? 1.f : vexp(broadcast(top - new_top))[0];
-    top = new_top;
-    sum = sum * keep + sum_lanes(total);
-    return keep;
+    return max_lanes(highest);
+}
+
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+// Stores bfloat16, and returns what was stored: the sum of weights is of what is multiplied.
+SERVD_INLINE vf store_rounded(uint32_t* out, vf weight) {
+    __m256i halves = (__m256i)_mm512_cvtneps_pbh(weight);
+    _mm256_store_si256((__m256i*)out, halves);
+    return widen((vh)halves);
+}
+#else
+SERVD_INLINE vf store_rounded(uint32_t*, vf weight) { return weight; }
+#endif
+
+// Turns scores of kDotRows rows at most into weights relative to each row's new maximum, zero where not seen, and
+// adds them to its sum, kept in lanes [W]. keep: the factors for what the rows held before. ROUNDED: weights are
+// written as pairs; otherwise they replace the scores.
+template <bool ROUNDED>
+void soften(float* scores, const uint64_t* seen, int rows, float* top, float* lanes, float* keep, Weights& weights) {
+    alignas(64) float change[16] = {};
+    for (int r = 0; r < rows; ++r) {
+        if (!seen[r]) continue;
+        float highest = hide(scores + r * kTokens, seen[r]);
+        highest = top[r] > highest ? top[r] : highest;
+        change[r] = top[r] - highest;
+        top[r] = highest;
+    }
+    for (int r = 0; r < rows; r += W) store(change + r, vexp(load(change + r)));
+    memcpy(keep, change, rows * sizeof(float));
+    for (int r = 0; r < rows; ++r) {
+        float* p = scores + r * kTokens;
+        uint32_t* pairs = weights.words[0][r];
+        if (!seen[r]) {
+            memset(p, 0, kTokens * sizeof(float));
+            memset(pairs, 0, kTokens * sizeof(uint16_t));
+            continue;
+        }
+        vf sum = load(lanes + r * W) * keep[r];
+        for (int v = 0; v < kTokens; v += W) {
+            vf weight = vexp_nonpositive(load(p + v) - top[r]);
+            if (ROUNDED) weight = store_rounded(pairs + v / 2, weight);
+            else store(p + v, weight);
+            sum += weight;
+        }
+        store(lanes + r * W, sum);
+    }
 }
 
 // Adds a later state of one row to its total.

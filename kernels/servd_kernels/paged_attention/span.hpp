@@ -10,7 +10,9 @@
 namespace SERVD_ISA {
 namespace {
 
-constexpr int kPrefetchRows = 24;       // with more, the tile at hand takes longer than memory does
+// Units of so few rows wait for memory: the next tile is asked for while one is computed, a line here and there,
+// since a burst of requests would fill the processor's miss buffers and hold it up.
+constexpr int kPrefetchRows = 24;
 constexpr int kMaxSumsWidth = kMaxHeadDim + 16;
 constexpr int kStateFloats = kRows * (kMaxSumsWidth + 2);
 
@@ -19,65 +21,60 @@ struct Tile {
     Keys keys;
     Values values;
     int64_t positions[kRows];
+    alignas(64) float lanes[kRows * W];  // the rows' sums of weights
 };
 
 inline void load_rows(const Call& call, const Unit& unit, Tile& tile) {
     load_queries(call, unit, tile.queries);
-    for (int r = 0; r < unit.rows; ++r) tile.positions[r] = position_of(call, unit, r);
+    int64_t group = call.group(), skipped = unit.first_row % group;
+    for (int r = 0; r < unit.rows; ++r) tile.positions[r] = unit.first_position + (skipped + r) / group;
 }
 
-// Asks for the blocks of the tile at t. They lie all over memory: what the processor foresees ends with each.
-inline void prefetch_tile(const Call& call, const Unit& unit, int64_t t, int64_t end) {
-    const Format& format = *call.format;
-    if (format.block_size > kTokens) return;
-    for (end = lesser(t + kTokens, end); t < end; t += format.block_size) {
-        const char* head = head_of(call, unit, t);
-        for (int64_t i = 0; i < format.head_bytes; i += 64) __builtin_prefetch(head + i, 0, 2);
-    }
-}
-
-// The tile at t, for the rows that see any of `chosen` in it.
-inline void compute_tile(const Call& call, const Unit& unit, int64_t t, uint64_t chosen, Tile& tile, const State& state) {
+// The tile at `place`, whose keys and values are loaded.
+inline void compute_tile(const Call& call, const Place& place, Tile& tile, const State& state) {
+    const Unit& unit = place.unit;
+    int64_t t = place.t;
     int64_t width = sums_width(call), group = call.group();
     bool has_options = call.alibi_slopes || call.softcap > 0;
-    bool is_rounded = value_arithmetic(call) == kBFloat16Pairs && call.format->v.num_params == 0;
     alignas(64) float scores[kDotRows * kTokens];
+    Weights weights;
     for (int row = 0; row < unit.rows; row += kDotRows) {
         int rows = lesser(kDotRows, unit.rows - row);
         uint64_t seen[kDotRows], any = 0;
-        float keep[kDotRows];
+        float keep[kDotRows], *top = state.top + row, *lanes = tile.lanes + row * W;
         for (int r = 0; r < rows; ++r) {
             int64_t position = tile.positions[row + r];
-            any |= seen[r] = seen_by(call, position, position, t) & chosen;
+            any |= seen[r] = seen_by(call, position, position, t) & place.seen;
         }
         if (!any) continue;
-        score_rows(call, tile.queries, tile.keys, row, rows, scores);
-        for (int r = 0; r < rows; ++r) {
-            float* p = scores + r * kTokens;
+        score_rows(call, tile.queries, tile.keys, row, rows, kTokens - __builtin_clzll(any), scores);
+        for (int r = 0; has_options && r < rows; ++r) {
             int64_t head = unit.kv_head * group + (unit.first_row + row + r) % group;
-            if (has_options) apply_options(call, head, tile.positions[row + r], t, p);
-            keep[r] = 1.f;
-            if (seen[r]) keep[r] = soften(p, seen[r], is_rounded, state.top[row + r], state.sum[row + r]);
-            else memset(p, 0, kTokens * sizeof(float));
+            apply_options(call, head, tile.positions[row + r], t, scores + r * kTokens);
         }
-        add_values(call, tile.values, scores, seen, rows, keep, state.sums + row * width);
+        if (are_softened_pairs(call)) soften<true>(scores, seen, rows, top, lanes, keep, weights);
+        else soften<false>(scores, seen, rows, top, lanes, keep, weights);
+        add_values(call, tile.values, scores, seen, rows, keep, weights, state.sums + row * width);
     }
 }
 
-// Adds one span of keys to the empty state. load_rows has filled the tile's queries.
-inline void compute_span(const Call& call, const Unit& unit, int64_t span, Tile& tile, const State& state) {
-    Range all = reach(call, unit);
-    int64_t first = tile.positions[0], last = tile.positions[unit.rows - 1];
-    int64_t end = lesser((span + 1) * kSpan, all.end);
-    for (int64_t t = span * kSpan; t < end; t += kTokens) {
-        if (t + kTokens <= all.begin) continue;
-        uint64_t chosen = chosen_bits(call, unit, t), seen = seen_by(call, first, last, t) & chosen;
-        if (!seen) continue;
-        if (unit.rows <= kPrefetchRows && !call.pages) prefetch_tile(call, unit, t + kTokens, all.end);
-        load_keys(call, unit, t, seen, tile.keys);
-        load_values(call, unit, t, seen, tile.values);
-        compute_tile(call, unit, t, chosen, tile, state);
+// Adds one span of keys to the empty state. load_rows has filled the tile's queries; `following` is the unit that
+// this thread will take up next, or null.
+inline void compute_span(const Call& call, const Unit& unit, int64_t span, const Unit* following, Tile& tile,
+                         const State& state) {
+    int64_t last = reach(call, unit).end, end = lesser((span + 1) * kSpan, last);
+    Place place = find_tile(call, unit, span * kSpan, end);
+    memset(tile.lanes, 0, unit.rows * W * sizeof(float));
+    while (place.t < end) {
+        Place next = find_tile(call, unit, place.t + kTokens, last), ahead = next;
+        if (!next.seen && following) ahead = find_tile(call, *following, 0, reach(call, *following).end);
+        if (unit.rows > kPrefetchRows) ahead.seen = 0;
+        load_keys(call, place, ahead, tile.keys);
+        load_values(call, place, ahead, tile.values);
+        compute_tile(call, place, tile, state);
+        place = next;
     }
+    for (int r = 0; r < unit.rows; ++r) state.sum[r] = sum_lanes(load(tile.lanes + r * W));
 }
 
 // In place; the same as kv_format.hadamard.

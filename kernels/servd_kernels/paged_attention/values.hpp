@@ -22,6 +22,11 @@ SERVD_INLINE int64_t sums_width(const Call& call) {
     return padded_width(call.format->head_dim) + (has_minima(call) ? 16 : 0);
 }
 
+// Whether the softmax itself leaves a row's weights as bfloat16: where no scale comes in between.
+SERVD_INLINE bool are_softened_pairs(const Call& call) {
+    return value_arithmetic(call) == kBFloat16Pairs && call.format->v.num_params == 0;
+}
+
 // A tile of values: float32 [kTokens][width], or pairs of tokens [kTokens / 2][width]. Tokens that no row sees are
 // zero. int4 pairs hold, for each group, its even dimensions and then its odd ones.
 struct Values {
@@ -35,7 +40,8 @@ alignas(64) const char kZeroRow[kMaxHeadDim * 4] = {};
 
 // Tokens of float32 rows to out [kTokens][width], scales applied.
 template <int64_t CODE>
-void decode_values(const Side& side, const char* const* rows, int64_t dim, const float* params, float* out) {
+void decode_values(const Side& side, const char* const* rows, const char* const* ahead, int64_t dim,
+                   const float* params, float* out) {
     int64_t width = padded_width(dim), group = side.num_params ? dim / side.num_groups : dim;
     constexpr int64_t kBits = 32 / dims_of_word(CODE);
     for (int t = 0; t < kTokens; ++t, out += width) {
@@ -43,6 +49,7 @@ void decode_values(const Side& side, const char* const* rows, int64_t dim, const
             char part[W * 4 + 8] = {};
             const char* row = rows[t];
             int64_t offset = d;
+            __builtin_prefetch(ahead[t] + d * kBits / 8);
             if (d + W > dim) {  // a row's end
                 memcpy(part, row + d * kBits / 8, greater((dim - d) * kBits / 8, 0));
                 row = part;
@@ -78,13 +85,16 @@ SERVD_INLINE __m512i load_wide(const char* row, int64_t d, int64_t count) {
 }
 
 template <int64_t CODE>
-void pair_values(const char* const* rows, int64_t dim, uint32_t* out) {
+void pair_values(const char* const* rows, const char* const* ahead, int64_t dim, uint32_t* out) {
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                          37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     int64_t width = padded_width(dim);
     for (int t = 0; t < kTokens; t += 2, out += width) {
         for (int64_t d = 0; d < width; d += 32) {
+            constexpr int kBytes = CODE == kCodeBFloat16 ? 2 : 1;
+            __builtin_prefetch(ahead[t] + d * kBytes);
+            __builtin_prefetch(ahead[t + 1] + d * kBytes);
             __m512i a = load_wide<CODE>(rows[t], d, dim - d), b = load_wide<CODE>(rows[t + 1], d, dim - d);
             _mm512_store_si512(out + d, _mm512_permutex2var_epi16(a, low, b));
             if (d + 16 < width) _mm512_store_si512(out + d + 16, _mm512_permutex2var_epi16(a, high, b));
@@ -93,10 +103,12 @@ void pair_values(const char* const* rows, int64_t dim, uint32_t* out) {
 }
 
 template <>
-void pair_values<kCodeInt4>(const char* const* rows, int64_t dim, uint32_t* out) {
+void pair_values<kCodeInt4>(const char* const* rows, const char* const* ahead, int64_t dim, uint32_t* out) {
     const __m512i low = _mm512_set1_epi16(15);
     for (int t = 0; t < kTokens; t += 2, out += dim) {
         for (int64_t d = 0; d < dim; d += kPairGroup) {
+            __builtin_prefetch(ahead[t] + d / 2);
+            __builtin_prefetch(ahead[t + 1] + d / 2);
             __m512i a = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(rows[t] + d / 2)));
             __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(rows[t + 1] + d / 2)));
             __m512i both = _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
@@ -107,30 +119,49 @@ void pair_values<kCodeInt4>(const char* const* rows, int64_t dim, uint32_t* out)
 }
 #else
 template <int64_t CODE>
-void pair_values(const char* const*, int64_t, uint32_t*) {}
+void pair_values(const char* const*, const char* const*, int64_t, uint32_t*) {}
 #endif
 
-// Fills `values` with the tile at t; `seen` is what any row of the unit sees of it.
-inline void load_values(const Call& call, const Unit& unit, int64_t t, uint64_t seen, Values& values) {
+// Where the tile's values lie; tokens that are not seen are zero.
+inline void find_rows(const Call& call, const Place& place, const char** rows) {
+    const Side& side = call.format->v;
+    int64_t stride = side.row_bytes, start = side.data_offset;
+    bool in_runs = call.format->block_size % kRun == 0;
+    for (int i = 0; i < kTokens; i += kRun) {
+        uint64_t bits = place.seen >> i & 0xffff;
+        if (in_runs && bits == 0xffff) {
+            const char* row = head_of(call, place.unit, place.t + i) + start + call.offset_of(place.t + i) * stride;
+            for (int k = 0; k < kRun; ++k) rows[i + k] = row + k * stride;
+            continue;
+        }
+        for (int k = 0; k < kRun; ++k) {
+            int64_t t = place.t + i + k;
+            rows[i + k] = kZeroRow;
+            if (bits >> k & 1) rows[i + k] = head_of(call, place.unit, t) + start + call.offset_of(t) * stride;
+        }
+    }
+}
+
+// Fills `values` with the tile at `place`, and asks for `next` if that is one.
+inline void load_values(const Call& call, const Place& place, const Place& next, Values& values) {
     const Format& format = *call.format;
     const Side& side = format.v;
-    const char* rows[kTokens];
-    for (int i = 0; i < kTokens;) {
-        int64_t offset = (t + i) % format.block_size, length = lesser(format.block_size - offset, kTokens - i);
-        uint64_t bits = bits_between(i, i + length, 0) & seen;
-        const char* row = bits ? head_of(call, unit, t + i) + side.data_offset + offset * side.row_bytes : nullptr;
-        for (int64_t k = 0; k < length; ++k, ++i, row += bits ? side.row_bytes : 0)
-            rows[i] = seen >> i & 1 ? row : kZeroRow;
+    const char *rows[kTokens], *next_rows[kTokens], **ahead = rows;
+    find_rows(call, place, rows);
+    if (next.seen) find_rows(call, next, ahead = next_rows);
+    if (side.num_params) {
+        load_params(call, place, side, values.params);
+        prefetch_params(call, next, side);
     }
-    if (side.num_params) load_params(call, unit, side, t, seen, values.params);
     values.is_searched = false;
     bool is_paired = value_arithmetic(call) != kFloats;
     with_code(side.code, [&](auto code) {
         constexpr int64_t kCode = decltype(code)::value;
         if (!is_paired)
-            decode_values<kCode>(side, rows, format.head_dim, values.params, reinterpret_cast<float*>(values.words));
+            decode_values<kCode>(side, rows, ahead, format.head_dim, values.params,
+                                 reinterpret_cast<float*>(values.words));
         else if constexpr (kCode != kCodeFloat32 && kCode != kCodeFloat16)
-            pair_values<kCode>(rows, format.head_dim, values.words);
+            pair_values<kCode>(rows, ahead, format.head_dim, values.words);
     });
 }
 
@@ -187,10 +218,10 @@ inline float scale_weights(const float* p, uint64_t seen, const float* scale, ui
     return top / 32767.f;
 }
 
+// bfloat16 weights of one row: p * scale.
 inline void round_weights(const float* p, uint64_t seen, const float* scale, uint32_t* out) {
     for (int i = 0; i < kRuns; ++i) {
-        vf w = load(p + i * 16);
-        if (scale) w = _mm512_maskz_mul_ps(__mmask16(seen >> (i * 16)), w, load(scale + i * 16));
+        vf w = _mm512_maskz_mul_ps(__mmask16(seen >> (i * 16)), load(p + i * 16), load(scale + i * 16));
         _mm256_storeu_si256((__m256i*)out + i, (__m256i)_mm512_cvtneps_pbh(w));
     }
 }
@@ -199,14 +230,15 @@ inline float scale_weights(const float*, uint64_t, const float*, uint32_t*) { re
 inline void round_weights(const float*, uint64_t, const float*, uint32_t*) {}
 #endif
 
-// p [rows][kTokens] -> weights; keep [rows] scales what `sums` [rows][sums_width] holds of minima.
+// p [rows][kTokens] -> weights, unless the softmax has written them; keep [rows] scales what `sums` [rows][sums_width] holds of minima.
 inline void pack_weights(const Call& call, const Values& values, const float* p, const uint64_t* seen, int rows,
                          const float* keep, float* sums, Weights& weights) {
     const Side& side = call.format->v;
     Arithmetic arithmetic = value_arithmetic(call);
     int64_t groups = has_minima(call) ? side.num_groups : 1;
     for (int r = 0; r < rows; ++r, p += kTokens) {
-        for (int64_t g = 0; g < groups; ++g) {
+        if (are_softened_pairs(call)) weights.factor[0][r] = 1.f;
+        for (int64_t g = 0; g < groups && !are_softened_pairs(call); ++g) {
             const float* scale = side.num_params ? values.params + g * side.num_params * kTokens : nullptr;
             weights.factor[g][r] = 1.f;
             if (arithmetic == kFloats) memcpy(weights.words[0][r], p, kTokens * sizeof(float));
@@ -231,7 +263,7 @@ void multiply_values(const Call& call, const uint32_t* words, const Weights& wei
     for (int64_t d = 0; d < width;) {
         int64_t g = d / group;
         int vectors = next_vectors(lesser(width - d, group) / W);
-        Product product = {weights.words[g][first] + steps.begin, kTokens, {}, width, steps.end - steps.begin,
+        Product product = {weights.words[g][first] + steps.begin, kTokens, {}, {}, width, steps.end - steps.begin,
                            weights.factor[g] + first, keep, sums + d, sums_width(call)};
         for (int n = 0; n < vectors; ++n) product.b[n] = words + steps.begin * width + d + n * W;
         multiply<Dot>(product, rows, vectors);
@@ -254,8 +286,7 @@ inline void multiply_values(const Call& call, const uint32_t* words, const Weigh
 // zero times an unseen token's NaN would still be NaN: there a row works on a copy without that token, in the same
 // order.
 inline void add_values(const Call& call, Values& values, const float* p, const uint64_t* seen, int rows,
-                       const float* keep, float* sums) {
-    Weights weights;
+                       const float* keep, Weights& weights, float* sums) {
     pack_weights(call, values, p, seen, rows, keep, sums, weights);
     uint64_t any = 0, all = ~uint64_t(0);
     for (int r = 0; r < rows; ++r) any |= seen[r], all &= seen[r];
