@@ -55,6 +55,8 @@ class CompileCase:
 
     `signature`: Triton type of each argument that is no constexpr ("*bf16", "i32", "fp32"), by name. `aligned`: the
     arguments (pointers, strides) that are multiples of 16, as they are for the shapes in question; None: all pointers.
+    `large`: the pointers to tensors of 2 GiB or more (a KV cache), which AMD addresses by other instructions.
+    `architectures`: those that would launch it; a case with the tiles of one names that one.
     """
 
     name: str
@@ -66,6 +68,8 @@ class CompileCase:
     num_stages: int = 3
     uses_dot: bool = False  # then tensor-core instructions must be there
     extra_options: Mapping[str, Any] = field(default_factory=dict)
+    large: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ARCHITECTURES
 
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -73,10 +77,10 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def dot(a, b, acc):
-    """a @ b + acc in float32. Triton 3.9's interpreter multiplies the bit patterns of bfloat16: widen them there."""
+    """a @ b + acc in float32. Triton 3.9's interpreter multiplies the bit patterns of bfloat16, and its BLAS sums a row
+    by its place among the rows: float64 there hides the order."""
     if _INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+        return tl.dot(a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64), acc.to(tl.float64)).to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 

@@ -1,0 +1,156 @@
+"""Owns the Triton device function that attends one tile of query rows: its rows, the spans and tiles of keys it runs.
+Does not know which tile a program has (triton.py) or what a tile of keys does to a row (triton_softmax.py)."""
+
+import triton
+import triton.language as tl
+
+from servd_kernels.paged_attention.triton_softmax import LOG2_E, finish, merge, step
+from servd_kernels.paged_attention.triton_spec import SPAN
+from servd_kernels.triton_support import narrow
+
+_SPAN = tl.constexpr(SPAN)
+
+
+@triton.jit
+def attend_tile(
+    tensors, options, strides, request, kv_head, tile, span, scale,
+    SPEC: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, HAS_PAGES: tl.constexpr,
+):  # fmt: skip
+    """Rows tile * ROWS.. of a request (row = query * group + head of the group) for one kv head: all their spans,
+    to out and lse; or, if SPLIT, `span` alone, to the scratch."""
+    q, out, lse, partials, stats, keys, values, params, cu_seqlens_q, seq_lens, block_tables, pages = tensors
+    alibi_slopes, sink_logits = options
+    q_token, q_head, table_stride, num_q_heads, max_chosen, num_spans = strides
+    begin = tl.load(cu_seqlens_q + request)
+    num_rows = (tl.load(cu_seqlens_q + request + 1) - begin) * SPEC.group
+    history = tl.load(seq_lens + request) - num_rows // SPEC.group
+    row = tile * ROWS + tl.arange(0, ROWS)
+    is_row = row < num_rows
+    token = (begin + row // SPEC.group).to(tl.int64)
+    head = kv_head * SPEC.group + row % SPEC.group
+    low = history + tile * ROWS // SPEC.group
+    high = history + (tl.minimum(tile * ROWS + ROWS, num_rows) - 1) // SPEC.group
+    position = tl.minimum(history + row // SPEC.group, high)
+    dim = tl.arange(0, SPEC.width)
+    mask = is_row[:, None] & (dim < SPEC.head_dim)[None, :]
+    tile_q = tl.load(q + (token * q_token + head * q_head)[:, None] + dim[None, :], mask=mask, other=0.0)
+    score_scale = row_scales(position, scale, SPEC)
+    slope = score_scale
+    if SPEC.has_alibi:
+        slope = tl.load(alibi_slopes + head, mask=is_row, other=0.0)
+    rows = (position, score_scale, slope)
+    cache = (keys, values, params, block_tables + request.to(tl.int64) * table_stride, pages)
+    if HAS_PAGES:
+        chosen = (request.to(tl.int64) * (num_q_heads // SPEC.group) + kv_head) * (max_chosen // SPEC.block_size)
+        cache = (keys, values, params, block_tables + request.to(tl.int64) * table_stride, pages + chosen)
+        first, end = 0, max_chosen
+    else:
+        first, end = seen_range(low, high, SPEC)
+    if SPLIT:
+        if span * _SPAN < end:
+            acc, top, total = _attend_span(
+                tile_q, rows, cache, kv_head, span, (first, end, low, high), SPEC, ROWS, HAS_PAGES
+            )
+            place = (token * num_q_heads + head) * num_spans + span
+            tl.store(stats + 2 * place, top, mask=is_row)
+            tl.store(stats + 2 * place + 1, total, mask=is_row)
+            is_used = is_row & (total != 0.0)
+            tl.store(partials + place[:, None] * SPEC.width + dim[None, :], acc, mask=is_used[:, None])
+    else:
+        acc = tl.zeros([ROWS, SPEC.width], tl.float32)
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        sink_spans, first_span, last_span = span_range(first, end, SPEC)
+        for index in range(0, sink_spans + last_span - first_span):
+            number = tl.where(index < sink_spans, index, index - sink_spans + first_span)
+            span_acc, span_top, span_total = _attend_span(
+                tile_q, rows, cache, kv_head, number, (first, end, low, high), SPEC, ROWS, HAS_PAGES
+            )
+            acc, top, total = merge(acc, top, total, span_acc, span_top, span_total)
+        sink = slope
+        if SPEC.has_sink_logits:
+            sink = tl.load(sink_logits + head, mask=is_row, other=0.0)
+        result, row_lse = finish(acc, top, total, sink, SPEC)
+        place = token * num_q_heads + head
+        store_rows(out, lse, place, result, row_lse, is_row, mask, SPEC)
+
+
+@triton.jit
+def row_scales(position, scale, SPEC: tl.constexpr):
+    """What the products of each row are multiplied by, [ROWS] float32."""
+    score_scale = tl.zeros(position.shape, tl.float32) + scale
+    if SPEC.log_train_len > 0:
+        growth = tl.log((position + 1).to(tl.float32)) / SPEC.log_train_len
+        score_scale = score_scale * tl.maximum(growth, 1.0)
+    if not SPEC.has_bias:
+        score_scale = score_scale * LOG2_E
+    return score_scale
+
+
+@triton.jit
+def seen_range(low, high, SPEC: tl.constexpr):
+    """The keys that rows at positions low..high see, but for sink tokens."""
+    first = low * 0
+    if SPEC.window > 0:
+        first = tl.maximum(low - SPEC.window + 1, 0)
+    return first, high + 1
+
+
+@triton.jit
+def span_range(first, end, SPEC: tl.constexpr):
+    """The spans that hold keys first..end: from first_span to last_span, after the `sink_spans` first of all."""
+    first_span = first // _SPAN
+    sink_spans = first_span * 0
+    if SPEC.sinks > 0:
+        sink_spans = tl.minimum((SPEC.sinks + _SPAN - 1) // _SPAN, first_span)
+    return sink_spans, first_span, (end + _SPAN - 1) // _SPAN
+
+
+@triton.jit
+def _attend_span(
+    q, rows, cache, kv_head, span, reach, SPEC: tl.constexpr, ROWS: tl.constexpr, HAS_PAGES: tl.constexpr
+):
+    """The state of one span of keys, by ascending tiles: those at the window's start, which some rows see in part;
+    those that all rows see; those at the rows' own positions."""
+    first, end, low, high = reach
+    span_begin = span * _SPAN
+    span_end = tl.minimum(end, span_begin + _SPAN)
+    wanted = (first, end, SPEC.sinks)
+    acc = tl.zeros([ROWS, SPEC.width], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    whole_begin = span_begin
+    if HAS_PAGES:
+        pages = cache[4]
+        if tl.load(pages + span_begin // SPEC.block_size) < 0:
+            span_end = span_begin
+        whole_end = span_begin
+    elif SPEC.window > 0:
+        window_begin = tl.minimum(tl.maximum(span_begin, first // SPEC.keys * SPEC.keys), span_end)
+        whole_begin = (tl.maximum(high - SPEC.window + 1, 0) + SPEC.keys - 1) // SPEC.keys * SPEC.keys
+        whole_begin = tl.minimum(tl.maximum(whole_begin, window_begin), span_end)
+        sink_keys = tl.maximum(tl.minimum(SPEC.sinks, window_begin) - span_begin, 0)
+        sink_tiles = (sink_keys + SPEC.keys - 1) // SPEC.keys
+        edge_tiles = (whole_begin - window_begin + SPEC.keys - 1) // SPEC.keys
+        for index in range(0, sink_tiles + edge_tiles):
+            begin = tl.where(index < sink_tiles, span_begin, window_begin - sink_tiles * SPEC.keys) + index * SPEC.keys
+            acc, top, total = step(q, rows, cache, kv_head, begin, wanted, acc, top, total, SPEC, HAS_PAGES, True)
+        # The edge may end with the span's last keys, within a tile.
+        whole_begin = window_begin + edge_tiles * SPEC.keys
+        whole_end = tl.minimum((low + 1) // SPEC.keys * SPEC.keys, span_end)
+    else:
+        whole_end = tl.minimum((low + 1) // SPEC.keys * SPEC.keys, span_end)
+    if not HAS_PAGES:
+        for begin in range(whole_begin, whole_end, SPEC.keys):
+            acc, top, total = step(q, rows, cache, kv_head, begin, wanted, acc, top, total, SPEC, HAS_PAGES, False)
+    for begin in range(tl.maximum(whole_begin, whole_end), span_end, SPEC.keys):
+        acc, top, total = step(q, rows, cache, kv_head, begin, wanted, acc, top, total, SPEC, HAS_PAGES, True)
+    return acc, top, total
+
+
+@triton.jit
+def store_rows(out, lse, place, result, row_lse, is_row, mask, SPEC: tl.constexpr):
+    """Rows at `place` (token * num_q_heads + head) of out and lse."""
+    dim = tl.arange(0, SPEC.width)
+    tl.store(out + place[:, None] * SPEC.head_dim + dim[None, :], narrow(result, out.dtype.element_ty), mask=mask)
+    tl.store(lse + place, row_lse, mask=is_row)
