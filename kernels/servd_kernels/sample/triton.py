@@ -74,9 +74,9 @@ def _describe(x, temperature, tile_max, tile_sum, block_max, NUM_BLOCKS: tl.cons
     highest = tl.max(blocks)
     num_nan = tl.sum((x != x).to(tl.int32))
     tl.store(tile_max, tl.where(num_nan > 0, float("nan"), highest))
-    finite = tl.where(highest > float("-inf"), highest, 0.0)
+    finite = tl.where(tl.abs(highest) < float("inf"), highest, 0.0)  # else there is nothing to weigh, or the row fails
     inverse = 1.0 / tl.where(temperature > 0, temperature, 1.0)
-    tl.store(tile_sum, tl.sum(tl.exp((x - finite) * inverse)))
+    tl.store(tile_sum, tl.sum(tl.exp(tl.minimum(x - finite, 0.0) * inverse)))
 
 
 @triton.jit
