@@ -20,7 +20,6 @@ from servd.worker.cuda_graph import DecodeGraphs
 from servd.worker.input_batch import InputBatch, PackedBatch, PromptTargets
 from servd.worker.kv_cache import PagedKVCache
 from servd.worker.kv_shadow import MAX_TOKENS, KVShadow
-from servd.worker.logprobs import gather_logprobs
 from servd.worker.sampler import Sampler
 
 # Prompt logprobs need a [rows, vocab_size] array; so many rows at a time keep it small beside the weights.
@@ -70,7 +69,7 @@ class ModelRunner:
         self.kv_cache = kv_cache
         self.device = device
         self.batch = InputBatch(max_num_seqs, max_model_len, kv_cache.block_size, model.vocab_size)
-        self.sampler = Sampler()
+        self.sampler = Sampler(device)
         self._graphs = graphs
         self._shadow = shadow
 
@@ -151,10 +150,11 @@ class ModelRunner:
             token_ids = targets.token_ids[begin : begin + PROMPT_LOGPROB_ROWS]
             first = targets.first_index + begin
             logits = self.model.compute_logits(hidden[first : first + len(token_ids)])
-            if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
-                self.batch.fail(targets.request_id, "the model's logits hold NaN or infinity in the prompt")
+            output = self.sampler.report(logits, token_ids, targets.num_top)
+            for reason in output.failed.values():
+                self.batch.fail(targets.request_id, f"{reason} (in the prompt)")
                 return []
-            found += gather_logprobs(logits, self._tensor(token_ids), [targets.num_top] * len(token_ids))
+            found += [entry for entry in output.logprobs if entry is not None]
         return found
 
     def _tensor(self, values: npt.NDArray[np.int32] | npt.NDArray[np.int64]) -> Tensor:

@@ -23,6 +23,7 @@ OPS = [
     "paged_attention",
     "rms_norm",
     "rope_and_cache",
+    "sample",
     "select_pages",
     "silu_and_mul",
     "swap_blocks",
