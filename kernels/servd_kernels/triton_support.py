@@ -55,6 +55,8 @@ class CompileCase:
 
     `signature`: Triton type of each argument that is no constexpr ("*bf16", "i32", "fp32"), by name. `aligned`: the
     arguments (pointers, strides) that are multiples of 16, as they are for the shapes in question; None: all pointers.
+    `large`: the pointers to tensors of 2 GiB or more (a KV cache), which AMD addresses by other instructions.
+    `architectures`: those that would launch it; a case with the tiles of one names that one.
     """
 
     name: str
@@ -66,6 +68,8 @@ class CompileCase:
     num_stages: int = 3
     uses_dot: bool = False  # then tensor-core instructions must be there
     extra_options: Mapping[str, Any] = field(default_factory=dict)
+    large: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ARCHITECTURES
 
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
