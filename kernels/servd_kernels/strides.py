@@ -16,7 +16,9 @@ def check_last_stride(**tensors: torch.Tensor | None) -> None:
 
 def outer_inner(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:
     """x [..., width], or a copy that a kernel can walk, and its rows as [outer, inner] with their strides."""
-    if x.dim() > 3 or x.stride(-1) != 1:
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if x.dim() > 3:  # by the shape alone: a residual must be walked as its x is
         x = x.contiguous().view(-1, x.shape[-1])
     if x.dim() == 2:
         return x, x.shape[0], 1, x.stride(0), 0
