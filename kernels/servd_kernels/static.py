@@ -70,13 +70,17 @@ def triton_ops() -> list[str]:
 
 
 def compile_reports(
-    ops: Iterable[str], architectures: Iterable[str] = ARCHITECTURES, workers: int = 2, limit: int | None = None
+    ops: Iterable[str],
+    architectures: Iterable[str] = ARCHITECTURES,
+    workers: int = 2,
+    limit: int | None = None,
+    only: str = "",
 ) -> Iterator[Report]:
-    """Compiles the cases of the ops, at most `limit` of each (spread over its list), in order.
+    """Compiles the cases of the ops whose name contains `only`, at most `limit` of each (spread over its list).
 
     Raises ValueError for an unknown op or architecture, and where TRITON_INTERPRET is set: its kernels do not compile.
     """
-    jobs = list(_jobs(list(ops), list(architectures), limit))
+    jobs = list(_jobs(list(ops), list(architectures), limit, only))
     if min(workers, len(jobs)) < 2:
         yield from map(_compile_job, jobs)
         return
@@ -88,7 +92,7 @@ def compile_reports(
 _Job = tuple[str, int, str]  # op, index among its cases, architecture: what travels to a worker process
 
 
-def _jobs(ops: list[str], architectures: list[str], limit: int | None) -> Iterator[_Job]:
+def _jobs(ops: list[str], architectures: list[str], limit: int | None, only: str) -> Iterator[_Job]:
     if INTERPRETED:
         raise ValueError("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
     for kind, given, known in (("op", ops, triton_ops()), ("architecture", architectures, list(ARCHITECTURES))):
@@ -98,7 +102,9 @@ def _jobs(ops: list[str], architectures: list[str], limit: int | None) -> Iterat
     for op in ops:
         for architecture in architectures:
             # Tiles differ between architectures: the spread is over those of this one.
-            indices = [i for i, case in enumerate(_cases(op)) if architecture in case.architectures]
+            indices = [
+                i for i, case in enumerate(_cases(op)) if architecture in case.architectures and only in case.name
+            ]
             count = min(limit or len(indices), len(indices))
             for pick in range(count):
                 yield op, indices[pick * (len(indices) - 1) // max(1, count - 1)], architecture

@@ -1,4 +1,4 @@
-"""Owns what the ops share about strides: the check of the last one, and rows as two dimensions.
+"""Owns what the ops share about strides: the check of the last one, rows as two dimensions, outputs without gaps.
 Does not know shapes or dtypes: those are each op's own."""
 
 import torch
@@ -12,6 +12,11 @@ def check_last_stride(**tensors: torch.Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dim() > 0 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{name} must have stride 1 in its last dimension, not {list(tensor.stride())}")
+
+
+def empty_like(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous, of x's shape, dtype and device. torch.empty takes a microsecond longer to read a shape."""
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def outer_inner(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:

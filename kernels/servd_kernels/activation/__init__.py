@@ -40,8 +40,10 @@ def gelu_values(x: Tensor, approximate: str) -> Tensor:
     """GELU in plain torch, float32 of a float64 computation: torch's own depends on strides, and is off at infinity."""
     wide = x.double()
     if approximate == "none":
-        return (0.5 * wide * torch.special.erfc(-wide * math.sqrt(0.5))).float()
-    return (0.5 * wide * (1 + torch.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)))).float()
+        doubled = 1 + torch.erf(wide * math.sqrt(0.5))
+    else:
+        doubled = 1 + torch.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3))
+    return (0.5 * wide * doubled).float()
 
 
 def finish(values: Tensor, dtype: torch.dtype, out_dtype: torch.dtype | None) -> Tensor | tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from servd_kernels.norm.triton import cases, load_rows, supports, tile
-from servd_kernels.strides import outer_inner
+from servd_kernels.strides import empty_like, outer_inner
 from servd_kernels.triton_support import CompileCase, narrow
 
 __all__ = ["compile_cases", "run", "supports"]
@@ -46,8 +46,8 @@ def run(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     hidden = x.shape[-1]
     rows, outer, inner, outer_stride, inner_stride = outer_inner(x)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = out if residual is None else torch.empty_like(out)
+    out = empty_like(x)
+    total = out if residual is None else empty_like(out)
     other, _, _, other_outer, other_inner = outer_inner(x if residual is None else residual)
     num_rows, (tile_rows, block, num_warps) = outer * inner, tile(hidden)
     if num_rows:
