@@ -1,34 +1,49 @@
-"""Owns the timing of kernels: `python -m servd_kernels.bench [op ...]` measures each op's CASES against torch.
-Does not know any op: a case is built by the op's bench.py."""
+"""Owns the measurement of kernels against the machine's floor and against torch, and how its figures are shown.
+Does not know any op (a case is built by the op's bench.py), nor any device (stands.py); the CLI is bench/kernels.py."""
 
-import argparse
 import importlib
 import itertools
-import logging
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-import torch
+from servd_kernels.floor import Floor
+from servd_kernels.registry import op_names
 
-from servd_kernels import native, op_names
-from servd_kernels.floor import Meter
-
-_CACHE_BYTES = 192 << 20  # what rotates: several times the last-level cache, which keeps part of what is larger
-_SPIN_SECONDS = 0.01  # after it the threads of the one library no longer spin on the cores of the other
 _ROUNDS = 4  # of the two measured in turn: a shared machine is not the same from second to second
+_MOST_COPIES = 1024  # of small buffers: in a model those were written a moment ago, and come from a cache
+
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One measurement. `make(i)` builds the i-th set of buffers and returns (ours, torch's) calls on it."""
+    """One measurement. `make(i)` builds the i-th set of buffers and returns (ours, torch's) calls on it.
+
+    An op's bench.py has `cases(device) -> list[Case]`, or CASES where it runs on a CPU alone.
+    """
 
     name: str
-    make: Callable[[int], tuple[Callable[[], object], Callable[[], object]]]
+    make: Callable[[int], tuple[Call, Call]]
     bytes: int  # moved by one call, at least
     flops: int = 0  # 0: bound by memory
     dtype: str = "float32"  # of the unit that computes: a key of Floor.flops
+
+
+class Stand(Protocol):
+    """A device to measure on."""
+
+    device: str
+    rotating_bytes: int  # buffers to rotate, so that none is in a cache when its turn comes
+
+    def describe(self) -> str:
+        """Machine, versions and measured limits, in one line."""
+
+    def floor(self) -> Floor:
+        """The machine's limits, now."""
+
+    def time(self, calls: Iterator[Call], seconds: float) -> list[float]:
+        """Seconds of each of the next calls, for about `seconds` in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +55,30 @@ class Timing:
     floor: float
 
 
-def time_case(case: Case, meter: Meter, seconds: float = 0.3) -> Timing:
+def cases_of(op: str, device: str, only: str = "") -> list[Case]:
+    """The op's cases for a device whose name contains `only`. Raises ValueError naming the known ops."""
+    if op not in op_names():
+        raise ValueError(f"unknown op {op!r}; known: {', '.join(op_names())}")
+    module = importlib.import_module(f"servd_kernels.{op}.bench")
+    if hasattr(module, "cases"):
+        cases: Iterable[Case] = module.cases(device)
+    else:
+        cases = module.CASES if device == "cpu" else ()
+    return [case for case in cases if only in case.name]
+
+
+def time_case(case: Case, stand: Stand, seconds: float = 0.3) -> Timing:
     """Times ours and torch's for about `seconds` each, in turns, and the machine's limits beside them."""
     # Buffers rotate: in a model a layer's weights come from memory, not from the cache.
-    copies = max(2, _CACHE_BYTES // case.bytes + 1)
-    ours, theirs = zip(*(case.make(i) for i in range(copies)), strict=True)
-    turns = (_rotation(ours, seconds / _ROUNDS), _rotation(theirs, seconds / _ROUNDS))
+    copies = max(2, min(_MOST_COPIES, stand.rotating_bytes // case.bytes + 1))
+    pairs = [case.make(i) for i in range(copies)]
+    turns = [itertools.cycle([pair[side] for pair in pairs]) for side in (0, 1)]
     times: tuple[list[float], list[float]] = ([], [])
     floors = []
     for _ in range(_ROUNDS):
-        time.sleep(_SPIN_SECONDS)
-        floors.append(meter.measure(0.01).seconds(case.bytes, case.flops, case.dtype))
+        floors.append(stand.floor().seconds(case.bytes, case.flops, case.dtype))
         for turn, found in zip(turns, times, strict=True):
-            time.sleep(_SPIN_SECONDS)
-            found.extend(turn())
+            found.extend(stand.time(turn, seconds / _ROUNDS))
     return Timing(percentiles(times[0]), percentiles(times[1]), percentiles(floors)[1])
 
 
@@ -63,52 +88,65 @@ def percentiles(times: list[float]) -> list[float]:
     return [ordered[len(ordered) * percent // 100] for percent in (20, 50, 80)]
 
 
-def _rotation(calls: Sequence[Callable[[], object]], seconds: float) -> Callable[[], list[float]]:
-    """A function that times the next calls for `seconds`, three at least, the first left out."""
-    endless = itertools.cycle(calls)
-
-    def run() -> list[float]:
-        times: list[float] = []
-        deadline = time.perf_counter() + seconds
-        while time.perf_counter() < deadline or len(times) < 3:
-            call = next(endless)
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return times[1:]
-
-    return run
-
-
-def line(op: str, case: Case, timing: Timing) -> str:
-    """p20/p50/p80, the floor and the median's ratio to it, rates, torch's median and its ratio to ours."""
+def figures(op: str, case: Case, timing: Timing) -> dict[str, Any]:
+    """What is told of one case; rates at the median. floor_share: of our time, what the floor would take."""
     low, median, high = timing.ours
-    rate = f"{case.flops / median / 1e9:7.1f} GFLOP/s " if case.flops else ""
-    return (
-        f"{op:16} {case.name:28} {low * 1e6:8.1f} {median * 1e6:8.1f} {high * 1e6:8.1f} us "
-        f"floor {timing.floor * 1e6:8.1f} us (x{median / timing.floor:.2f}) "
-        f"{case.bytes / median / 1e9:6.1f} GB/s {rate} torch {timing.theirs[1] * 1e6:8.1f} us "
-        f"(x{timing.theirs[1] / median:.2f})"
-    )
+    return {
+        "op": op,
+        "case": case.name,
+        "p20_us": low * 1e6,
+        "p50_us": median * 1e6,
+        "p80_us": high * 1e6,
+        "gb_per_s": case.bytes / median / 1e9,
+        "gflop_per_s": case.flops / median / 1e9 if case.flops else None,
+        "floor_us": timing.floor * 1e6,
+        "floor_share": timing.floor / median,
+        "torch_us": timing.theirs[1] * 1e6,
+        "times_torch": timing.theirs[1] / median,
+    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("ops", nargs="*", default=op_names())
-    parser.add_argument("--threads", type=int, default=native.num_threads())
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
-    arguments = parser.parse_args()
-    native.set_num_threads(arguments.threads)
-    torch.set_num_threads(arguments.threads)
-    sys.stdout.write(f"torch {torch.__version__}, {arguments.threads} threads, {native.isas()[:1]}\n")
-    meter = Meter()
-    for op in arguments.ops:
-        for case in importlib.import_module(f"servd_kernels.{op}.bench").CASES:
-            if arguments.only in case.name:
-                sys.stdout.write(line(op, case, time_case(case, meter)) + "\n")
-                sys.stdout.flush()
+@dataclass(frozen=True, slots=True)
+class _Column:
+    head: str
+    key: str
+    width: int  # of a line; a table needs none
+    form: str = ".1f"
+
+    def text(self, row: dict[str, Any]) -> str:
+        value = row[self.key]
+        return "-" if value is None else value if isinstance(value, str) else format(value, self.form)
 
 
-if __name__ == "__main__":
-    logging.basicConfig()
-    main()
+_COLUMNS = (
+    _Column("op", "op", -16),
+    _Column("case", "case", -34),
+    _Column("p20 us", "p20_us", 9),
+    _Column("p50 us", "p50_us", 9),
+    _Column("p80 us", "p80_us", 9),
+    _Column("GB/s", "gb_per_s", 8),
+    _Column("GFLOP/s", "gflop_per_s", 9),
+    _Column("floor us", "floor_us", 9),
+    _Column("of floor", "floor_share", 9, ".0%"),
+    _Column("torch us", "torch_us", 9),
+    _Column("x torch", "times_torch", 8, ".2f"),
+)
+
+
+def show_head(is_table: bool) -> str:
+    """The names of the columns: of aligned lines, or of a Markdown table."""
+    if is_table:
+        marks = "|".join("---" if column.width < 0 else "---:" for column in _COLUMNS)
+        return f"| {' | '.join(column.head for column in _COLUMNS)} |\n|{marks}|\n"
+    return " ".join(_padded(column.head, column.width) for column in _COLUMNS).rstrip() + "\n"
+
+
+def show_row(row: dict[str, Any], is_table: bool) -> str:
+    """One result of `figures`, likewise."""
+    if is_table:
+        return f"| {' | '.join(column.text(row) for column in _COLUMNS)} |\n"
+    return " ".join(_padded(column.text(row), column.width) for column in _COLUMNS).rstrip() + "\n"
+
+
+def _padded(text: str, width: int) -> str:
+    return text.ljust(-width) if width < 0 else text.rjust(width)

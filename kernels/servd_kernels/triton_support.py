@@ -120,3 +120,16 @@ def encode_e4m3(x):
     code = tl.where(rest < 0x3C800000, subnormal, normal)
     code = tl.where(rest > 0x7F800000, 0x7F, code)
     return (code | sign).to(tl.uint8)
+
+
+@triton.jit
+def abs_max(x, axis: tl.constexpr):
+    """The largest size along an axis. Compared as integers, where NaN is above infinity, so that it is not lost."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(bits, axis).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_even(x):
+    """float32 of size below 2^22 -> the nearest integer, the even one of two."""
+    return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23, whose unit in the last place is 1

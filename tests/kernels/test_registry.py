@@ -18,6 +18,9 @@ from servd_kernels.linear import linear, pack
 
 OPS = [
     "copy_blocks",
+    "gelu",
+    "gelu_and_mul",
+    "layer_norm",
     "linear",
     "page_bounds",
     "paged_attention",

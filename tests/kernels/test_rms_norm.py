@@ -4,6 +4,7 @@ Does not know which backends exist (conftest.py)."""
 import pytest
 import torch
 from servd_kernels.rms_norm import reference, rms_norm
+from servd_kernels.strides import outer_inner
 from servd_kernels.testing import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,13 +32,22 @@ def test_residual_is_the_rounded_sum(backend: str, rows: int, hidden: int, dtype
     assert_close(out, expected(total, inputs["weight"], inputs["eps"]), "norm")
 
 
-def test_heads_of_a_fused_qkv(backend: str) -> None:
-    qkv = torch.randn(9, 5 * 24)
-    heads = qkv.view(9, 5, 24)[:, 1:4]
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("heads", [slice(0, 3), slice(3, 4), slice(4, 5)], ids=["q", "k", "v"])
+def test_heads_of_a_fused_qkv_are_read_in_place(backend: str, heads: slice, tokens: int) -> None:
+    view = torch.randn(tokens, 5 * 24).view(tokens, 5, 24)[:, heads]
+    assert outer_inner(view)[0].data_ptr() == view.data_ptr()
     weight = torch.randn(24)
-    out = rms_norm(heads, weight, 1e-6, backend=backend)
-    assert out.shape == (9, 3, 24)
-    assert_close(out, expected(heads, weight, 1e-6), "norm")
+    out = rms_norm(view, weight, 1e-6, backend=backend)
+    assert out.shape == view.shape
+    assert_close(out, expected(view, weight, 1e-6), "norm", scale=3.0)
+
+
+def test_x_and_residual_of_different_strides(backend: str) -> None:
+    x, residual = torch.randn(3, 24, 5).transpose(1, 2), torch.randn(3, 5, 24)
+    out, total = rms_norm(x, torch.ones(24), 1e-6, residual, backend=backend)
+    assert torch.equal(total, x + residual)
+    assert_close(out, expected(total, torch.ones(24), 1e-6), "norm")
 
 
 @pytest.mark.parametrize("shape", [(24,), (2, 3, 2, 24)])

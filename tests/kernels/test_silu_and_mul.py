@@ -1,5 +1,5 @@
 """Owns the tests of silu_and_mul.
-Does not know which backends exist (conftest.py)."""
+Does not know which backends exist (conftest.py), nor quantized output (test_activation.py)."""
 
 import pytest
 import torch

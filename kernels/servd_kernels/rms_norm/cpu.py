@@ -4,7 +4,7 @@ Does not know vectors or threads (cpu.cpp)."""
 import torch
 
 from servd_kernels import native
-from servd_kernels.strides import outer_inner
+from servd_kernels.strides import empty_like, outer_inner
 
 _KERNEL = native.Function("rms_norm", "pllpllppplllfi")
 
@@ -16,7 +16,7 @@ def supports(device: str, dtype: torch.dtype, **axes: object) -> str | None:
 def run(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = empty_like(x)
     code, hidden = native.DTYPES[x.dtype], x.shape[-1]
     rows, outer, inner, outer_stride, inner_stride = outer_inner(x)
     x_at, weight_at, out_at = rows.data_ptr(), weight.data_ptr(), out.data_ptr()
@@ -26,7 +26,7 @@ def run(
             outer, inner, hidden, eps, code,
         )  # fmt: skip
         return out
-    total = torch.empty(x.shape, dtype=x.dtype)
+    total = empty_like(x)
     other, _, _, other_outer, other_inner = outer_inner(residual)
     _KERNEL.call(
         x_at, outer_stride, inner_stride, other.data_ptr(), other_outer, other_inner, weight_at, out_at,

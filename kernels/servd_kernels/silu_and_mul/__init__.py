@@ -3,18 +3,23 @@ Does not know the projections around it."""
 
 import torch
 
+from servd_kernels.activation import check_gated, check_options
 from servd_kernels.registry import Op
 
 OP = Op("silu_and_mul")
 
 
-def silu_and_mul(x: torch.Tensor, backend: str | None = None) -> torch.Tensor:
+def silu_and_mul(
+    x: torch.Tensor, out_dtype: torch.dtype | None = None, backend: str | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """silu(first half) * second half of the last dimension, in float32 inside.
 
-    x [..., 2 * width] -> [..., width]; float32, bfloat16 or float16. Raises ValueError for an odd last dimension.
+    x [..., 2 * width] float32, bfloat16 or float16 -> [..., width] of x's dtype. out_dtype int8 or float8_e4m3fn:
+    (codes [..., width], scales float32 [...]), as activation.quantize_rows makes them of the float32 values. Raises
+    ValueError for an odd last dimension or another out_dtype.
     """
-    if x.dim() == 0 or x.shape[-1] % 2:
-        raise ValueError(f"the last dimension of x must be even, not {list(x.shape)}")
-    run = OP.bind(x.device.type, x.dtype, backend, width=x.shape[-1] // 2)
-    out: torch.Tensor = run(x)
+    check_gated(x)
+    check_options("none", out_dtype)
+    run = OP.bind(x.device.type, x.dtype, backend, width=x.shape[-1] // 2, out_dtype=out_dtype)
+    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = run(x, out_dtype)
     return out
