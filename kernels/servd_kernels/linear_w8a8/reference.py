@@ -35,7 +35,7 @@ def run(
     codes, scales = (x, x_scales) if x_scales is not None else quantize_int8(x, width)
     weight = packed.data.double().T
     out = torch.zeros(len(x), packed.out_features, device=x.device)
-    for group, scale in enumerate(scales.view(len(x), -1).unbind(1)):
+    for group, scale in enumerate((scales if width else scales.unsqueeze(1)).unbind(1)):
         columns = slice(group * width, (group + 1) * width) if width else slice(None)
         out += (codes[:, columns].double() @ weight[columns]).float() * scale.unsqueeze(1)
     out *= packed.scales

@@ -1,0 +1,160 @@
+// Owns: x @ weight.T over coded weights: the walk over panels, segments of k and tiles of rows, and the last steps.
+// Does not know: which op it serves. Sums are in float32, segment by segment in ascending order whatever the number
+// of rows, so that a row's bits are its own (Goto & van de Geijn 2008, for the blocking).
+#pragma once
+#include "rows.hpp"
+
+namespace SERVD_ISA {
+
+constexpr int64_t kUnitRows = 64;  // rows of one unit of work: they and a panel share the second-level cache
+constexpr int64_t kDirectRows = 4;  // up to here a panel is decoded in registers, once for each tile
+
+// f(row, Count<n>) for tiles of even height: 9 rows as 5 + 4, since a tile's cost hardly falls with its height.
+template <class F>
+SERVD_INLINE void for_tiles(int64_t rows, F&& f) {
+    int64_t row = 0;
+    for (int64_t tiles = quotient_up(rows, kTileRows); tiles > 0; --tiles) {
+        int height = int(quotient_up(rows - row, tiles));
+        with_count<kTileRows>(height, [&](auto count) { f(row, count); });
+        row += height;
+    }
+}
+
+// What a call of a coded linear reads and writes. Scales, zeros and minima: [panels][groups][kCodePanel].
+struct CodedCall {
+    const uint32_t* words;
+    const void* scales;
+    const uint8_t* zeros;
+    const void* minima;
+    const void* bias;
+    void* out;
+    int64_t m, n, k, group;  // group: columns of x that share a weight's scale
+    int scale_dtype, bias_dtype, out_dtype;
+    const float* row_scales;  // [m], or null
+    const float* sums;        // [m][segments], of x; null where no weight has an offset
+
+    int64_t segment() const { return round_up(lesser(group, kMaxSegment), 8); }
+    int64_t segments() const { return quotient_up(k, segment()); }
+    bool has_offsets() const { return zeros || minima; }
+};
+
+struct Scales {
+    vf scale[kTileVectors], offset[kTileVectors];
+};
+
+// Of weight = (number - centre) * scale + offset, where `number` is the code. Without zeros or minima the zero point
+// is `middle`.
+SERVD_INLINE Scales load_scales(const CodedCall& call, int64_t panel, int64_t group, float centre, float middle) {
+    int64_t first = (panel * quotient_up(call.k, call.group) + group) * kCodePanel;
+    Scales out;
+    for (int v = 0; v < kTileVectors; ++v) {
+        vf scale = load_any(call.scales, call.scale_dtype, first + v * W, W);
+        vf zero = call.zeros ? load_bytes(call.zeros + first + v * W) : broadcast(middle);
+        out.scale[v] = scale;
+        out.offset[v] = (centre - zero) * scale;
+        if (call.minima) {
+            vf minimum = load_any(call.minima, call.scale_dtype, first + v * W, W);
+            out.offset[v] = fma(broadcast(centre), scale, minimum);
+        }
+    }
+    return out;
+}
+
+// Row `row`, vector `v` of a panel: the row's scale, the bias, the rounding.
+SERVD_INLINE void finish(const CodedCall& call, int64_t row, int64_t column, vf total) {
+    int64_t n = lesser(int64_t(W), call.n - column);
+    if (n <= 0) return;
+    if (call.row_scales) total *= call.row_scales[row];
+    if (call.bias) total += load_any(call.bias, call.bias_dtype, column, n);
+    store_any(call.out, call.out_dtype, row * call.n + column, total, n);
+}
+
+template <class Code, class X>
+void coded_unit(const CodedCall& call, const X* x, int64_t x_stride, int64_t panel, int64_t first_row) {
+    alignas(64) float totals[kUnitRows * kCodePanel];
+    alignas(64) X decoded[kMaxSegment * kCodePanel];
+    int64_t rows = lesser(kUnitRows, call.m - first_row), depth = round_up(call.k, Code::kDepth);
+    int64_t segment = call.segment(), segments = call.segments();
+    const uint32_t* words = call.words + panel * (depth / Code::kDepth) * kCodePanel;
+    for (int64_t s = 0; s < segments; ++s) {
+        int64_t first = s * segment, length = lesser(segment, depth - first);
+        const uint32_t* piece = words + first / Code::kDepth * kCodePanel;
+        Scales scales = load_scales(call, panel, first / call.group, Code::kCentre, Code::kCentre);
+        if (rows > kDirectRows) decode_panel<Code>(piece, length, decoded);
+        for_tiles(rows, [&](int64_t row, auto count) __attribute__((always_inline)) {
+            constexpr int ROWS = decltype(count)::value;
+            const X* tile = x + (first_row + row) * x_stride + first;
+            vf acc[ROWS][kTileVectors] = {};
+            if (rows > kDirectRows) multiply_decoded<X, ROWS>(tile, x_stride, decoded, length, acc);
+            else if constexpr (ROWS <= kDirectRows) multiply_coded<Code, X, ROWS>(tile, x_stride, piece, length, acc);
+            for (int r = 0; r < ROWS; ++r) {
+                float* place = totals + (row + r) * kCodePanel;
+                vf sum = call.sums ? broadcast(call.sums[(first_row + row + r) * segments + s]) : vf{};
+                for (int v = 0; v < kTileVectors; ++v) {
+                    vf total = fma(scales.scale[v], acc[r][v], s ? load(place + v * W) : vf{});
+                    if (call.sums) total = fma(scales.offset[v], sum, total);
+                    if (s + 1 == segments) finish(call, first_row + row + r, panel * kCodePanel + v * W, total);
+                    else store(place + v * W, total);
+                }
+            }
+        });
+    }
+}
+
+// f(panel, first row) for every unit of work of an [m, n] result.
+template <class F>
+SERVD_INLINE void for_units(int64_t m, int64_t n, int64_t k, F f) {
+    int64_t blocks = quotient_up(m, kUnitRows);
+    parallel(quotient_up(n, kCodePanel) * blocks, m * n * k / 8,
+             [f, blocks](int64_t unit) { f(unit / blocks, unit % blocks * kUnitRows); });
+}
+
+// x [m, stride], padded with zeros to whole words of codes.
+template <class Code, class X>
+void coded_linear(const CodedCall& call, const X* x, int64_t x_stride) {
+    for_units(call.m, call.n, call.k, [&call, x, x_stride](int64_t panel, int64_t first_row) {
+        coded_unit<Code, X>(call, x, x_stride, panel, first_row);
+    });
+}
+
+// What multiplies activations of type T: pairs of bfloat16 where the processor can, floats elsewhere.
+template <class T>
+using Operand = std::conditional_t<std::is_same<T, bf16>::value && kPairs, bf16, float>;
+
+template <class T, class X>
+SERVD_INLINE void copy_row(const T* x, int64_t k, int64_t depth, X* out) {
+    if constexpr (std::is_same<T, X>::value) {
+        memcpy(out, x, k * sizeof(X));
+    } else {
+        for (int64_t i = 0; i < k; i += W) {
+            int64_t n = lesser(int64_t(W), k - i);
+            store_n(out + i, load_n(x + i, n), n);
+        }
+    }
+    memset(static_cast<void*>(out + k), 0, (depth - k) * sizeof(X));
+}
+
+// x of type T, as it comes: used in place where it can be.
+template <class Code, class T>
+void coded_linear_of(CodedCall call, const T* x, int64_t x_stride) {
+    using X = Operand<T>;
+    int64_t depth = round_up(call.k, Code::kDepth), segment = call.segment(), segments = call.segments();
+    bool in_place = std::is_same<T, X>::value && depth == call.k;
+    Scratch<X> own(in_place ? 0 : call.m * depth);
+    Scratch<float> sums(call.has_offsets() ? call.m * segments : 0);
+    if (call.has_offsets()) call.sums = sums.data;
+    if (!in_place || call.has_offsets()) {
+        parallel(call.m, call.m * call.k, [&](int64_t row) {
+            const T* from = x + row * x_stride;
+            if (!in_place) copy_row(from, call.k, depth, own.data + row * depth);
+            if (call.has_offsets())
+                for (int64_t s = 0; s < segments; ++s)
+                    sums.data[row * segments + s] = sum_of(from + s * segment, lesser(segment, call.k - s * segment));
+        });
+    }
+    if constexpr (std::is_same<T, X>::value)
+        if (in_place) return coded_linear<Code, X>(call, x, x_stride);
+    coded_linear<Code, X>(call, own.data, depth);
+}
+
+}  // namespace SERVD_ISA

@@ -1,0 +1,249 @@
+// Owns: how weight codes of 4 and 8 bits lie in memory, what numbers they stand for, and their register tiles.
+// Does not know: scales, nor where activations come from (code_layout.py packs; rows.hpp prepares activations).
+//
+// A packed weight is panels of kCodePanel output columns, each [k / kDepth][kCodePanel] words of 32 bits: a word holds
+// kDepth = 32 / bits neighbours of one column. The even ones fill its low half in ascending order, the odd ones its
+// high half, so that one shift brings the neighbours 2t and 2t + 1 to the foot of both halves: a pair for vdpbf16ps.
+#pragma once
+#include "kernel.hpp"
+#include "tile.hpp"
+
+namespace SERVD_ISA {
+
+constexpr int kCodePanel = kTileVectors * W;
+
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
+SERVD_INLINE vu load_words(const uint32_t* p) {
+    vu v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// The code k of each word.
+template <int BITS>
+SERVD_INLINE vu code_of(vu words, int k) {
+    constexpr int kHalf = 16 / BITS;
+    return (words >> unsigned((k % 2 * kHalf + k / 2) * BITS)) & ((1u << BITS) - 1);
+}
+
+// --- codes: number(words, k) as float; pair(words, t) the numbers 2t and 2t + 1 as bfloat16, exactly -------------
+
+struct Int4 {  // 0..15 for -8..7
+    static constexpr int kBits = 4, kDepth = 8;
+    static constexpr float kCentre = 8;
+    SERVD_INLINE vf number(vu words, int k) {
+        return __builtin_convertvector((vi)code_of<4>(words, k), vf) - kCentre;
+    }
+#if defined(__AVX512BF16__)
+    SERVD_INLINE __m512bh pair(vu words, int t) {
+        // Twice the same 16 numbers: vpermw looks at 5 bits of an index, and the fifth belongs to the next code.
+        const __m512i numbers = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+            short(0xc100), short(0xc0e0), short(0xc0c0), short(0xc0a0), short(0xc080), short(0xc040), short(0xc000),
+            short(0xbf80), 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0));
+        return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)words, 4 * t), numbers);
+    }
+#endif
+};
+
+struct Int8 {  // 0..255 for -128..127
+    static constexpr int kBits = 8, kDepth = 4;
+    static constexpr float kCentre = 128;
+    SERVD_INLINE vf number(vu words, int k) {
+        // 2^23 + code, as bits: cheaper than a conversion, and as exact.
+        return (vf)(code_of<8>(words, k) | 0x4b000000u) - (8388608.f + kCentre);
+    }
+#if defined(__AVX512BF16__)
+    SERVD_INLINE __m512bh pair(vu words, int t) {
+        vu low = (vu)number(words, 2 * t), high = (vu)number(words, 2 * t + 1);
+        return (__m512bh)((low >> 16) | high);  // 8 bits of mantissa: the low halves are zero
+    }
+#endif
+};
+
+struct Fp8 {  // e4m3
+    static constexpr int kBits = 8, kDepth = 4;
+    static constexpr float kCentre = 0;
+    SERVD_INLINE vf from_code(vu code) {
+        vu magnitude = code & 0x7f;
+        vu normal = (magnitude << 20) + (120u << 23);
+        vu subnormal = (vu)(__builtin_convertvector((vi)magnitude, vf) * 0x1p-9f);
+        vu bits = magnitude < 8 ? subnormal : normal;
+        bits = magnitude == 0x7f ? vu{} + 0x7fc00000u : bits;
+        return (vf)(bits | (code & 0x80) << 24);
+    }
+    SERVD_INLINE vf number(vu words, int k) { return from_code(code_of<8>(words, k)); }
+#if defined(__AVX512BF16__)
+    SERVD_INLINE __m512bh pair(vu words, int t) {
+        __m512i code = t ? _mm512_srli_epi16((__m512i)words, 8) : (__m512i)words;
+        __m512i magnitude = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
+        __m512i bits = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(0x3c00));
+        // Subnormals, multiples of 2^-9, by table. NaN comes out as 480, the next number: fixed below.
+        const __m512i subnormals =
+            _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+        __mmask32 is_small = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8));
+        bits = _mm512_mask_permutexvar_epi16(bits, is_small, magnitude, subnormals);
+        __mmask32 is_nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
+        bits = _mm512_mask_mov_epi16(bits, is_nan, _mm512_set1_epi16(0x7fc0));
+        __m512i sign = _mm512_slli_epi16(code, 8);
+        return (__m512bh)_mm512_ternarylogic_epi64(bits, sign, _mm512_set1_epi16(short(0x8000)), 0xf8);  // a | b & c
+    }
+#endif
+};
+
+// --- floating-point tiles: sums in ascending k, one fused step for each number, or for each pair -----------------
+
+// What a tile multiplies: pairs of bfloat16, or floats.
+template <class X> struct Unit;
+
+template <> struct Unit<float> {
+    using Weights = vf;
+    static constexpr int kStep = 1;
+    template <class Code>
+    SERVD_INLINE Weights decode(vu words, int step) { return Code::number(words, step); }
+    SERVD_INLINE Weights load_weights(const float* p) { return load(p); }
+    SERVD_INLINE void store_weights(float* p, Weights w) { store(p, w); }
+    SERVD_INLINE Weights spread(const float* x) { return broadcast(*x); }
+    SERVD_INLINE vf multiply(Weights w, Weights x, vf sum) { return fma(w, x, sum); }
+};
+
+#if defined(__AVX512BF16__)
+template <> struct Unit<bf16> {
+    using Weights = __m512bh;
+    static constexpr int kStep = 2;
+    template <class Code>
+    SERVD_INLINE Weights decode(vu words, int step) { return Code::pair(words, step); }
+    SERVD_INLINE Weights load_weights(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+    SERVD_INLINE void store_weights(bf16* p, Weights w) { _mm512_storeu_si512(p, (__m512i)w); }
+    SERVD_INLINE Weights spread(const bf16* x) {
+        int bits;
+        memcpy(&bits, x, 4);
+        return (__m512bh)_mm512_set1_epi32(bits);
+    }
+    SERVD_INLINE vf multiply(Weights w, Weights x, vf sum) { return _mm512_dpbf16_ps(sum, w, x); }
+};
+#endif
+
+// `words` of depth / kDepth chunks, decoded: [depth / kStep][kCodePanel][kStep].
+template <class Code, class X>
+SERVD_INLINE void decode_panel(const uint32_t* words, int64_t depth, X* out) {
+    using U = Unit<X>;
+    for (int64_t chunk = 0; chunk < depth / Code::kDepth; ++chunk) {
+        for (int v = 0; v < kTileVectors; ++v) {
+            vu word = load_words(words + chunk * kCodePanel + v * W);
+#pragma GCC unroll 8
+            for (int step = 0; step < Code::kDepth / U::kStep; ++step) {
+                U::store_weights(out + ((chunk * (Code::kDepth / U::kStep) + step) * kCodePanel + v * W) * U::kStep,
+                                 U::template decode<Code>(word, step));
+            }
+        }
+    }
+}
+
+template <class X, int ROWS>
+SERVD_INLINE void multiply_step(const X* x, int64_t x_stride, const typename Unit<X>::Weights* weights,
+                                vf (&acc)[ROWS][kTileVectors]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+        auto value = Unit<X>::spread(x + r * x_stride);
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVectors; ++v) acc[r][v] = Unit<X>::multiply(weights[v], value, acc[r][v]);
+    }
+}
+
+// acc += x [ROWS, depth] times the decoded panel.
+template <class X, int ROWS>
+SERVD_INLINE void multiply_decoded(const X* x, int64_t x_stride, const X* panel, int64_t depth,
+                                   vf (&acc)[ROWS][kTileVectors]) {
+    using U = Unit<X>;
+    for (int64_t i = 0; i < depth; i += U::kStep) {
+        typename U::Weights weights[kTileVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVectors; ++v)
+            weights[v] = U::load_weights(panel + i * kCodePanel + v * W * U::kStep);
+        multiply_step<X, ROWS>(x + i, x_stride, weights, acc);
+    }
+}
+
+// The same sums, in the same order, decoding in registers: for few rows.
+template <class Code, class X, int ROWS>
+SERVD_INLINE void multiply_coded(const X* x, int64_t x_stride, const uint32_t* words, int64_t depth,
+                                 vf (&acc)[ROWS][kTileVectors]) {
+    using U = Unit<X>;
+    for (int64_t i = 0; i < depth; i += Code::kDepth, words += kCodePanel) {
+        vu word[kTileVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVectors; ++v) word[v] = load_words(words + v * W);
+#pragma GCC unroll 8
+        for (int step = 0; step < Code::kDepth / U::kStep; ++step) {
+            typename U::Weights weights[kTileVectors];
+#pragma GCC unroll 4
+            for (int v = 0; v < kTileVectors; ++v) weights[v] = U::template decode<Code>(word[v], step);
+            multiply_step<X, ROWS>(x + i + step * U::kStep, x_stride, weights, acc);
+        }
+    }
+}
+
+// --- integer tiles: unsigned codes by int8 activations, exact ----------------------------------------------------
+
+#if defined(__AVX512VNNI__)
+using RowCode = int8_t;  // in the order that integer_order gives
+constexpr int kIntegerStep = 4;
+#else
+using RowCode = int16_t;
+constexpr int kIntegerStep = 2;
+#endif
+
+// The codes of a word that step `step` multiplies: four bytes, or two halves.
+template <int BITS>
+SERVD_INLINE vu integer_part(vu words, int step) {
+    constexpr uint32_t kMask = kIntegerStep == 4 ? (BITS == 4 ? 0x0f0f0f0fu : ~0u) : BITS == 4 ? 0x000f000fu : 0x00ff00ffu;
+    return (words >> unsigned(step * BITS)) & kMask;
+}
+
+SERVD_INLINE vi integer_dot(vi sum, vu weights, const RowCode* x) {
+    int32_t codes;
+    memcpy(&codes, x, 4);
+#if defined(__AVX512VNNI__)
+    // Not the intrinsic: GCC 12 copies and spills the accumulators around it, which takes 2.4 times as long.
+    __m512i value = _mm512_set1_epi32(codes);
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(value));
+    return sum;
+#elif defined(__AVX2__)
+    return sum + (vi)_mm256_madd_epi16((__m256i)weights, _mm256_set1_epi32(codes));
+#else
+    return sum + (vi)(weights & 0xffff) * x[0] + (vi)(weights >> 16) * x[1];
+#endif
+}
+
+// acc += x [ROWS, depth] times the panel's codes as they are (unsigned). `ahead`: memory to fetch on the way, one
+// cache line for each chunk; null: none.
+template <int BITS, int ROWS>
+SERVD_INLINE void multiply_integers(const RowCode* x, int64_t x_stride, const uint32_t* words, int64_t depth,
+                                    const char* ahead, vi (&acc)[ROWS][kTileVectors]) {
+    constexpr int kDepth = 32 / BITS;
+    for (int64_t i = 0; i < depth; i += kDepth, words += kCodePanel, ahead += 64) {
+        vu word[kTileVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVectors; ++v) word[v] = load_words(words + v * W);
+        __builtin_prefetch(ahead);
+#pragma GCC unroll 4
+        for (int step = 0; step < kDepth / kIntegerStep; ++step) {
+            vu part[kTileVectors];
+#pragma GCC unroll 4
+            for (int v = 0; v < kTileVectors; ++v) part[v] = integer_part<BITS>(word[v], step);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; ++r) {
+                const RowCode* value = x + r * x_stride + i + step * kIntegerStep;
+#pragma GCC unroll 4
+                for (int v = 0; v < kTileVectors; ++v) acc[r][v] = integer_dot(acc[r][v], part[v], value);
+            }
+        }
+    }
+}
+
+}  // namespace SERVD_ISA

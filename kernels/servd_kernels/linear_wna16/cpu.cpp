@@ -1,0 +1,79 @@
+// Owns: x @ weight.T over codes of 4 or 8 bits scaled by groups, x as it comes or rounded to int8 first.
+// Does not know: where the codes come from. (Frantar et al. 2022, "GPTQ"; Lin et al. 2023, "AWQ".)
+#include "../common/coded_linear.hpp"
+
+namespace SERVD_ISA {
+namespace {
+
+// weight * x over a segment = scale * (codes . x) + offset * (sum of x), both sums exact integers.
+template <int BITS>
+void integer_unit(const CodedCall& call, const IntegerRows& x, int64_t panel, int64_t first_row) {
+    alignas(64) float totals[kUnitRows * kCodePanel];
+    constexpr int kDepth = 32 / BITS;
+    int64_t rows = lesser(kUnitRows, call.m - first_row), depth = round_up(call.k, kDepth);
+    const uint32_t* words = call.words + panel * (depth / kDepth) * kCodePanel;
+    for (int64_t s = 0; s < x.segments; ++s) {
+        int64_t first = s * x.segment, length = lesser(x.segment, depth - first);
+        const uint32_t* piece = words + first / kDepth * kCodePanel;
+        Scales scales = load_scales(call, panel, first / call.group, 0, 1 << (BITS - 1));
+        for_tiles(rows, [&](int64_t row, auto count) __attribute__((always_inline)) {
+            constexpr int ROWS = decltype(count)::value;
+            vi acc[ROWS][kTileVectors] = {};
+            multiply_integers<BITS, ROWS>(x.codes.data + (first_row + row) * x.stride + first, x.stride,
+                                          piece, length, reinterpret_cast<const char*>(piece), acc);
+            for (int r = 0; r < ROWS; ++r) {
+                float* place = totals + (row + r) * kCodePanel;
+                int64_t cell = (first_row + row + r) * x.segments + s;
+                vf scale = broadcast(x.scales.data[cell]), sum = scale * float(x.sums.data[cell]);
+                for (int v = 0; v < kTileVectors; ++v) {
+                    vf dot = __builtin_convertvector(acc[r][v], vf) * scales.scale[v];
+                    vf total = fma(dot, scale, s ? load(place + v * W) : vf{});
+                    total = fma(scales.offset[v], sum, total);
+                    if (s + 1 == x.segments) finish(call, first_row + row + r, panel * kCodePanel + v * W, total);
+                    else store(place + v * W, total);
+                }
+            }
+        });
+    }
+}
+
+template <int BITS>
+void integer_linear(const CodedCall& call, const void* x, int x_dtype, int64_t x_stride) {
+    IntegerRows rows(call.m, call.k, call.segment());
+    rows.fill<BITS>(x, x_dtype, x_stride, nullptr, call.m, call.k);
+    for_units(call.m, call.n, call.k, [&call, &rows](int64_t panel, int64_t first_row) {
+        integer_unit<BITS>(call, rows, panel, first_row);
+    });
+}
+
+template <class Code>
+int run(const CodedCall& call, const void* x, int x_dtype, int64_t x_stride, bool is_integer) {
+    if (is_integer) {
+        integer_linear<Code::kBits>(call, x, x_dtype, x_stride);
+        return 0;
+    }
+    return with_dtype(x_dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        coded_linear_of<Code>(call, static_cast<const T*>(x), x_stride);
+        return 0;
+    });
+}
+
+}  // namespace
+}  // namespace SERVD_ISA
+
+// Columns of a panel: code_layout.py packs by it.
+SERVD_EXPORT(code_panel)() { return SERVD_ISA::kCodePanel; }
+
+// x [m, k] with a row stride in elements; out [m, n] contiguous; zeros or minima, or neither; bias [n] or null.
+// A group is 32, 64, 128, or a multiple of 256, or it holds all k.
+SERVD_EXPORT(linear_wna16)(const void* x, int64_t x_stride, const void* words, const void* scales, const void* zeros,
+                           const void* minima, const void* bias, void* out, int64_t m, int64_t n, int64_t k,
+                           int64_t group, int bits, int x_dtype, int scale_dtype, int bias_dtype, int out_dtype,
+                           int is_integer) {
+    using namespace SERVD_ISA;
+    CodedCall call = {static_cast<const uint32_t*>(words), scales, static_cast<const uint8_t*>(zeros), minima, bias,
+                      out, m, n, k, group, scale_dtype, bias_dtype, out_dtype, nullptr, nullptr};
+    return bits == 4 ? run<Int4>(call, x, x_dtype, x_stride, is_integer)
+                     : run<Int8>(call, x, x_dtype, x_stride, is_integer);
+}
