@@ -1,7 +1,6 @@
 """Owns the layout in memory of coded weights and their scales on CPU: panels of columns, words of neighbours.
 Does not know what the codes stand for, nor how they are multiplied (common/codes.hpp reads this layout)."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 

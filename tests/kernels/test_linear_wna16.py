@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_named() -> None:
         ({"zeros": codes[:, :2], "minima": scales}, "zeros and minima are both given"),
     ):
         with pytest.raises(ValueError, match=message):
-            dataclasses.replace(weight, **changes)  # type: ignore[arg-type]
+            dataclasses.replace(weight, **changes)
     with pytest.raises(ValueError, match="activations is 'fp8'; allowed: none, int8"):
         pack(weight, "fp8")
     with pytest.raises(ValueError, match=r"x must be \[num_rows, 64\], not \[2, 4\]"):

@@ -40,7 +40,9 @@ def run(
     if x_scales is not None:
         x_scales = x_scales.contiguous()
     rows, depth = x.shape
-    out = torch.empty(rows, packed.out_features, dtype=out_dtype or (torch.float32 if x_scales is not None else x.dtype))
+    out = torch.empty(
+        rows, packed.out_features, dtype=out_dtype or (torch.float32 if x_scales is not None else x.dtype)
+    )
     packed.kernel(
         x.data_ptr(), x.stride(0), None if x_scales is None else x_scales.data_ptr(), packed.data.data_ptr(),
         packed.scales.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), rows,
