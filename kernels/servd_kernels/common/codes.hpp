@@ -145,11 +145,11 @@ SERVD_INLINE void decode_panel(const uint32_t* words, int64_t depth, X* out) {
 }
 
 template <class X, int ROWS>
-SERVD_INLINE void multiply_step(const X* x, int64_t x_stride, const typename Unit<X>::Weights* weights,
+SERVD_INLINE void multiply_step(const TileRows<ROWS, X>& rows, int64_t i, const typename Unit<X>::Weights* weights,
                                 vf (&acc)[ROWS][kTileVectors]) {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
-        auto value = Unit<X>::spread(x + r * x_stride);
+        auto value = Unit<X>::spread(rows[r] + i);
 #pragma GCC unroll 4
         for (int v = 0; v < kTileVectors; ++v) acc[r][v] = Unit<X>::multiply(weights[v], value, acc[r][v]);
     }
@@ -160,12 +160,13 @@ template <class X, int ROWS>
 SERVD_INLINE void multiply_decoded(const X* x, int64_t x_stride, const X* panel, int64_t depth,
                                    vf (&acc)[ROWS][kTileVectors]) {
     using U = Unit<X>;
+    TileRows<ROWS, X> rows(x, x_stride);
     for (int64_t i = 0; i < depth; i += U::kStep) {
         typename U::Weights weights[kTileVectors];
 #pragma GCC unroll 4
         for (int v = 0; v < kTileVectors; ++v)
             weights[v] = U::load_weights(panel + i * kCodePanel + v * W * U::kStep);
-        multiply_step<X, ROWS>(x + i, x_stride, weights, acc);
+        multiply_step<X, ROWS>(rows, i, weights, acc);
     }
 }
 
@@ -174,6 +175,7 @@ template <class Code, class X, int ROWS>
 SERVD_INLINE void multiply_coded(const X* x, int64_t x_stride, const uint32_t* words, int64_t depth,
                                  vf (&acc)[ROWS][kTileVectors]) {
     using U = Unit<X>;
+    TileRows<ROWS, X> rows(x, x_stride);
     for (int64_t i = 0; i < depth; i += Code::kDepth, words += kCodePanel) {
         vu word[kTileVectors];
 #pragma GCC unroll 4
@@ -183,7 +185,7 @@ SERVD_INLINE void multiply_coded(const X* x, int64_t x_stride, const uint32_t* w
             typename U::Weights weights[kTileVectors];
 #pragma GCC unroll 4
             for (int v = 0; v < kTileVectors; ++v) weights[v] = U::template decode<Code>(word[v], step);
-            multiply_step<X, ROWS>(x + i + step * U::kStep, x_stride, weights, acc);
+            multiply_step<X, ROWS>(rows, i + step * U::kStep, weights, acc);
         }
     }
 }
@@ -226,6 +228,7 @@ template <int BITS, int ROWS>
 SERVD_INLINE void multiply_integers(const RowCode* x, int64_t x_stride, const uint32_t* words, int64_t depth,
                                     const char* ahead, vi (&acc)[ROWS][kTileVectors]) {
     constexpr int kDepth = 32 / BITS;
+    TileRows<ROWS, RowCode> rows(x, x_stride);
     for (int64_t i = 0; i < depth; i += kDepth, words += kCodePanel, ahead += 64) {
         vu word[kTileVectors];
 #pragma GCC unroll 4
@@ -238,7 +241,7 @@ SERVD_INLINE void multiply_integers(const RowCode* x, int64_t x_stride, const ui
             for (int v = 0; v < kTileVectors; ++v) part[v] = integer_part<BITS>(word[v], step);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) {
-                const RowCode* value = x + r * x_stride + i + step * kIntegerStep;
+                const RowCode* value = rows[r] + i + step * kIntegerStep;
 #pragma GCC unroll 4
                 for (int v = 0; v < kTileVectors; ++v) acc[r][v] = integer_dot(acc[r][v], part[v], value);
             }
