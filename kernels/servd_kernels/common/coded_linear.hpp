@@ -2,12 +2,15 @@
 // Does not know: which op it serves. Sums are in float32, segment by segment in ascending order whatever the number
 // of rows, so that a row's bits are its own (Goto & van de Geijn 2008, for the blocking).
 #pragma once
+#include "activation.hpp"
 #include "rows.hpp"
 
 namespace SERVD_ISA {
 
 constexpr int64_t kUnitRows = 64;  // rows of one unit of work: they and a panel share the second-level cache
 constexpr int64_t kDirectRows = 4;  // up to here a panel is decoded in registers, once for each tile
+
+enum Activation { kNoActivation = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3 };
 
 // f(row, Count<n>) for tiles of even height: 9 rows as 5 + 4, since a tile's cost hardly falls with its height.
 template <class F>
@@ -29,7 +32,7 @@ struct CodedCall {
     const void* bias;
     void* out;
     int64_t m, n, k, group;  // group: columns of x that share a weight's scale
-    int scale_dtype, bias_dtype, out_dtype;
+    int scale_dtype, bias_dtype, out_dtype, activation;
     const float* row_scales;  // [m], or null
     const float* sums;        // [m][segments], of x; null where no weight has an offset
 
@@ -60,13 +63,55 @@ SERVD_INLINE Scales load_scales(const CodedCall& call, int64_t panel, int64_t gr
     return out;
 }
 
-// Row `row`, vector `v` of a panel: the row's scale, the bias, the rounding.
+SERVD_INLINE vf activated(int activation, vf x) {
+    switch (activation) {
+        case kSilu: return silu(x);
+        case kGelu: return gelu_erf(x);
+        case kGeluTanh: return gelu_tanh(x);
+        default: return x;
+    }
+}
+
+// W columns of a row: the row's scale, the bias, the activation, the one rounding.
 SERVD_INLINE void finish(const CodedCall& call, int64_t row, int64_t column, vf total) {
     int64_t n = lesser(int64_t(W), call.n - column);
     if (n <= 0) return;
     if (call.row_scales) total *= call.row_scales[row];
     if (call.bias) total += load_any(call.bias, call.bias_dtype, column, n);
-    store_any(call.out, call.out_dtype, row * call.n + column, total, n);
+    store_any(call.out, call.out_dtype, row * call.n + column, activated(call.activation, total), n);
+}
+
+// totals [rows][kCodePanel] of a panel.
+SERVD_INLINE void finish_rows(const CodedCall& call, const float* totals, int64_t panel, int64_t first_row,
+                              int64_t rows) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t at = 0; at < kCodePanel; at += W)
+            finish(call, first_row + row, panel * kCodePanel + at, load(totals + row * kCodePanel + at));
+}
+
+// totals [ROWS][kCodePanel] += scale * (x * weights) + offset * sums, over one segment. The weights are `decoded`, or
+// null: then `words` are decoded in registers. Not inlined, for the registers' sake.
+template <class Code, class X, int ROWS>
+__attribute__((noinline)) void multiply_segment(const X* x, int64_t x_stride, const X* decoded, const uint32_t* words,
+                                                int64_t depth, const Scales& scales, const float* sums,
+                                                int64_t sum_stride, float* totals) {
+    vf acc[ROWS][kTileVectors] = {};
+    if constexpr (ROWS <= kDirectRows) {
+        if (decoded) multiply_decoded<X, ROWS>(x, x_stride, decoded, depth, acc);
+        else multiply_coded<Code, X, ROWS>(x, x_stride, words, depth, acc);
+    } else {
+        multiply_decoded<X, ROWS>(x, x_stride, decoded, depth, acc);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVectors; ++v) {
+            float* place = totals + r * kCodePanel + v * W;
+            vf total = fma(scales.scale[v], acc[r][v], load(place));
+            if (sums) total = fma(scales.offset[v], broadcast(sums[r * sum_stride]), total);
+            store(place, total);
+        }
+    }
 }
 
 template <class Code, class X>
@@ -76,29 +121,21 @@ void coded_unit(const CodedCall& call, const X* x, int64_t x_stride, int64_t pan
     int64_t rows = lesser(kUnitRows, call.m - first_row), depth = round_up(call.k, Code::kDepth);
     int64_t segment = call.segment(), segments = call.segments();
     const uint32_t* words = call.words + panel * (depth / Code::kDepth) * kCodePanel;
+    bool is_decoded = rows > kDirectRows;
+    memset(totals, 0, rows * kCodePanel * sizeof(float));
     for (int64_t s = 0; s < segments; ++s) {
         int64_t first = s * segment, length = lesser(segment, depth - first);
         const uint32_t* piece = words + first / Code::kDepth * kCodePanel;
         Scales scales = load_scales(call, panel, first / call.group, Code::kCentre, Code::kCentre);
-        if (rows > kDirectRows) decode_panel<Code>(piece, length, decoded);
-        for_tiles(rows, [&](int64_t row, auto count) __attribute__((always_inline)) {
-            constexpr int ROWS = decltype(count)::value;
-            const X* tile = x + (first_row + row) * x_stride + first;
-            vf acc[ROWS][kTileVectors] = {};
-            if (rows > kDirectRows) multiply_decoded<X, ROWS>(tile, x_stride, decoded, length, acc);
-            else if constexpr (ROWS <= kDirectRows) multiply_coded<Code, X, ROWS>(tile, x_stride, piece, length, acc);
-            for (int r = 0; r < ROWS; ++r) {
-                float* place = totals + (row + r) * kCodePanel;
-                vf sum = call.sums ? broadcast(call.sums[(first_row + row + r) * segments + s]) : vf{};
-                for (int v = 0; v < kTileVectors; ++v) {
-                    vf total = fma(scales.scale[v], acc[r][v], s ? load(place + v * W) : vf{});
-                    if (call.sums) total = fma(scales.offset[v], sum, total);
-                    if (s + 1 == segments) finish(call, first_row + row + r, panel * kCodePanel + v * W, total);
-                    else store(place + v * W, total);
-                }
-            }
+        if (is_decoded) decode_panel<Code>(piece, length, decoded);
+        for_tiles(rows, [&](int64_t row, auto count) {
+            multiply_segment<Code, X, decltype(count)::value>(
+                x + (first_row + row) * x_stride + first, x_stride, is_decoded ? decoded : nullptr, piece, length,
+                scales, call.sums ? call.sums + (first_row + row) * segments + s : nullptr, segments,
+                totals + row * kCodePanel);
         });
     }
+    finish_rows(call, totals, panel, first_row, rows);
 }
 
 // f(panel, first row) for every unit of work of an [m, n] result.

@@ -95,6 +95,30 @@ struct Fp8 {  // e4m3
 #endif
 };
 
+// --- prefetch ----------------------------------------------------------------------------------------------------
+
+constexpr int64_t kPrefetchRun = 8;  // chunks between two bursts
+constexpr int64_t kPrefetchAhead = 8192;
+constexpr int64_t kRunLines = kPrefetchRun * kCodePanel * 4 / 64;  // cache lines that a run of chunks covers
+
+// A stretch of memory brought to the second-level cache while a tile is computed: `burst` lines a run.
+struct Prefetch {
+    const char* from;
+    int64_t burst;
+
+    SERVD_MEMBER void fetch() {
+        for (const char* end = from + burst * 64; from < end; from += 64) __builtin_prefetch(from, 0, 2);
+    }
+};
+
+// What tile `tile` of `tiles` brings in while all of them meet `words`, which reach to `next`, in turn. The first
+// reads them from memory, and runs ahead of itself; the others share the words that follow.
+SERVD_INLINE Prefetch prefetch_of(const uint32_t* words, const uint32_t* next, int64_t tile, int64_t tiles) {
+    if (tile == 0) return {reinterpret_cast<const char*>(words) + kPrefetchAhead, kRunLines};
+    int64_t share = ((next - words) * 4 / 64 / (tiles - 1) + 1) * 64;
+    return {reinterpret_cast<const char*>(next) + (tile - 1) * share, kRunLines / (tiles - 1) + 1};
+}
+
 // --- floating-point tiles: sums in ascending k, one fused step for each number, or for each pair -----------------
 
 // What a tile multiplies: pairs of bfloat16, or floats.
@@ -133,7 +157,9 @@ template <class Code, class X>
 SERVD_INLINE void decode_panel(const uint32_t* words, int64_t depth, X* out) {
     using U = Unit<X>;
     for (int64_t chunk = 0; chunk < depth / Code::kDepth; ++chunk) {
+#pragma GCC unroll 4
         for (int v = 0; v < kTileVectors; ++v) {
+            __builtin_prefetch(reinterpret_cast<const char*>(words + chunk * kCodePanel + v * W) + kPrefetchAhead, 0, 2);
             vu word = load_words(words + chunk * kCodePanel + v * W);
 #pragma GCC unroll 8
             for (int step = 0; step < Code::kDepth / U::kStep; ++step) {
@@ -179,7 +205,10 @@ SERVD_INLINE void multiply_coded(const X* x, int64_t x_stride, const uint32_t* w
     for (int64_t i = 0; i < depth; i += Code::kDepth, words += kCodePanel) {
         vu word[kTileVectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < kTileVectors; ++v) word[v] = load_words(words + v * W);
+        for (int v = 0; v < kTileVectors; ++v) {
+            word[v] = load_words(words + v * W);
+            __builtin_prefetch(reinterpret_cast<const char*>(words + v * W) + kPrefetchAhead, 0, 2);
+        }
 #pragma GCC unroll 8
         for (int step = 0; step < Code::kDepth / U::kStep; ++step) {
             typename U::Weights weights[kTileVectors];
@@ -222,31 +251,45 @@ SERVD_INLINE vi integer_dot(vi sum, vu weights, const RowCode* x) {
 #endif
 }
 
-// acc += x [ROWS, depth] times the panel's codes as they are (unsigned). `ahead`: memory to fetch on the way, one
-// cache line for each chunk; null: none.
+// acc [ROWS][kTileVectors] += x [ROWS, depth] times the panel's codes as they are (unsigned). At first acc is
+// -centre * sums[r * sum_stride]: what makes of codes that are `centre` too large the right ones, if sums are those of
+// x. A function of its own: inlined, its loop would share registers with what surrounds it, and spill.
 template <int BITS, int ROWS>
-SERVD_INLINE void multiply_integers(const RowCode* x, int64_t x_stride, const uint32_t* words, int64_t depth,
-                                    const char* ahead, vi (&acc)[ROWS][kTileVectors]) {
+__attribute__((noinline)) void multiply_integers(const RowCode* x, int64_t x_stride, const uint32_t* words,
+                                                 int64_t depth, Prefetch prefetch, bool is_first, int centre,
+                                                 const int32_t* sums, int64_t sum_stride, vi* acc) {
     constexpr int kDepth = 32 / BITS;
     TileRows<ROWS, RowCode> rows(x, x_stride);
-    for (int64_t i = 0; i < depth; i += kDepth, words += kCodePanel, ahead += 64) {
-        vu word[kTileVectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < kTileVectors; ++v) word[v] = load_words(words + v * W);
-        __builtin_prefetch(ahead);
-#pragma GCC unroll 4
-        for (int step = 0; step < kDepth / kIntegerStep; ++step) {
-            vu part[kTileVectors];
-#pragma GCC unroll 4
-            for (int v = 0; v < kTileVectors; ++v) part[v] = integer_part<BITS>(word[v], step);
+    vi dots[ROWS][kTileVectors];
 #pragma GCC unroll 8
-            for (int r = 0; r < ROWS; ++r) {
-                const RowCode* value = rows[r] + i + step * kIntegerStep;
+    for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-                for (int v = 0; v < kTileVectors; ++v) acc[r][v] = integer_dot(acc[r][v], part[v], value);
+        for (int v = 0; v < kTileVectors; ++v)
+            dots[r][v] = is_first ? vi{} - centre * sums[r * sum_stride] : acc[r * kTileVectors + v];
+    for (int64_t i = 0; i < depth;) {
+        prefetch.fetch();
+        for (int64_t end = lesser(depth, i + kPrefetchRun * kDepth); i < end; i += kDepth, words += kCodePanel) {
+            vu word[kTileVectors];
+#pragma GCC unroll 4
+            for (int v = 0; v < kTileVectors; ++v) word[v] = load_words(words + v * W);
+#pragma GCC unroll 4
+            for (int step = 0; step < kDepth / kIntegerStep; ++step) {
+                vu part[kTileVectors];
+#pragma GCC unroll 4
+                for (int v = 0; v < kTileVectors; ++v) part[v] = integer_part<BITS>(word[v], step);
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; ++r) {
+                    const RowCode* value = rows[r] + i + step * kIntegerStep;
+#pragma GCC unroll 4
+                    for (int v = 0; v < kTileVectors; ++v) dots[r][v] = integer_dot(dots[r][v], part[v], value);
+                }
             }
         }
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVectors; ++v) acc[r * kTileVectors + v] = dots[r][v];
 }
 
 }  // namespace SERVD_ISA

@@ -20,7 +20,7 @@ def bind(device: str, dtype: torch.dtype, **axes: object) -> BoundLinear:
     return BoundLinear(pack, run)
 
 
-_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
@@ -56,7 +56,7 @@ def run(
     if packed.gated:
         out, up = out.chunk(2, dim=1)
     if activation is not None:
-        out = _FUNCTIONS[activation](out)
+        out = ACTIVATION_FUNCTIONS[activation](out)
     if up is not None:
         out = out * up
     return (out if residual is None else out + residual.float()).to(out_dtype)

@@ -50,10 +50,10 @@ void rounded_linear(CodedCall call, const T* x, int64_t x_stride, const float* g
 // [panels][columns of a panel]; out [m, n] contiguous; bias [n] or null.
 SERVD_EXPORT(linear_fp8)(const void* x, int64_t x_stride, const void* x_scales, const void* words, const void* scales,
                          const void* bias, void* out, int64_t m, int64_t n, int64_t k, int x_dtype, int bias_dtype,
-                         int out_dtype, int is_rounded) {
+                         int out_dtype, int activation, int is_rounded) {
     using namespace SERVD_ISA;
     CodedCall call = {static_cast<const uint32_t*>(words), scales, nullptr, nullptr, bias, out, m, n, k, k,
-                      kFloat32, bias_dtype, out_dtype, nullptr, nullptr};
+                      kFloat32, bias_dtype, out_dtype, activation, nullptr, nullptr};
     if (x_dtype == kFp8) {
         rounded_linear(call, static_cast<const uint8_t*>(x), x_stride, static_cast<const float*>(x_scales));
         return 0;

@@ -5,9 +5,10 @@ import torch
 
 from servd_kernels import native
 from servd_kernels.code_layout import pack_codes, pack_groups
+from servd_kernels.linear.packed import ACTIVATIONS
 from servd_kernels.linear_fp8.packed import BoundLinear, PackedWeight
 
-_KERNEL = native.Function("linear_fp8", "plppppp" + "lll" + "iiii")
+_KERNEL = native.Function("linear_fp8", "plppppp" + "lll" + "iiiii")
 _FP8 = 3  # kFp8 of common/rows.hpp
 
 
@@ -31,6 +32,7 @@ def run(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     x_scales: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     assert packed.kernel is not None, "the weight was packed by another backend"
     if x.stride(1) != 1:
@@ -45,6 +47,7 @@ def run(
         x.data_ptr(), x.stride(0), None if x_scales is None else x_scales.data_ptr(), packed.data.data_ptr(),
         packed.scales.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), rows,
         packed.out_features, depth, native.DTYPES.get(x.dtype, _FP8),
-        0 if bias is None else native.DTYPES[bias.dtype], native.DTYPES[out.dtype], packed.activations == "fp8",
+        0 if bias is None else native.DTYPES[bias.dtype], native.DTYPES[out.dtype], ACTIVATIONS[activation],
+        packed.activations == "fp8",
     )  # fmt: skip
     return out

@@ -20,8 +20,11 @@ class PackedWeight:
     kernel: Callable[..., int] | None = None  # native code of the instruction set that fits the layout
 
 
-# x, packed, bias, out_dtype, x_scales
-Run = Callable[[torch.Tensor, PackedWeight, torch.Tensor | None, torch.dtype | None, torch.Tensor | None], torch.Tensor]
+# x, packed, bias, out_dtype, x_scales, activation
+Run = Callable[
+    [torch.Tensor, PackedWeight, torch.Tensor | None, torch.dtype | None, torch.Tensor | None, str | None],
+    torch.Tensor,
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,5 +41,6 @@ class BoundLinear:
         bias: torch.Tensor | None = None,
         out_dtype: torch.dtype | None = None,
         x_scales: torch.Tensor | None = None,
+        activation: str | None = None,
     ) -> torch.Tensor:
-        return self.run(x, packed, bias, out_dtype, x_scales)
+        return self.run(x, packed, bias, out_dtype, x_scales, activation)

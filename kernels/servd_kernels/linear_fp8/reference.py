@@ -29,6 +29,7 @@ def run(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     x_scales: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     """Numbers first, scales after: what a multiplication of e4m3 by e4m3 does."""
     out_dtype = out_dtype or (torch.float32 if x.dtype == FP8 else x.dtype)
@@ -40,6 +41,8 @@ def run(
     out = out * packed.scales
     if bias is not None:
         out = out + bias.float()
+    if activation is not None:
+        out = dense.ACTIVATION_FUNCTIONS[activation](out)
     return out.to(out_dtype)
 
 

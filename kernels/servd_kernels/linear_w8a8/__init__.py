@@ -3,6 +3,7 @@ Does not know layers, nor how codes are made (weight_quant.py; Dettmers et al. 2
 
 import torch
 
+from servd_kernels.linear.packed import ACTIVATIONS as ACTIVATION_FUNCTIONS
 from servd_kernels.linear_w8a8.packed import BoundLinear, PackedWeight
 from servd_kernels.registry import Op
 from servd_kernels.strides import check_last_stride
@@ -49,13 +50,14 @@ def linear_w8a8(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     x_scales: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     """x [num_rows, in_features], bias [out_features] -> [num_rows, out_features].
 
     x is float32, bfloat16 or float16 and quantized here, each row (or group of columns) by its absmax / 127; or it is
     int8 codes, with x_scales float32 [num_rows], or [num_rows, num_groups] where the weight was packed for groups.
     Sums over whole rows are exact integers; sums of groups are added in float32 in ascending order. Then
-    sum * x_scale * weight_scale + bias, rounded once to out_dtype: x's by default, float32 where x is codes. A row
+    activation(sum * x_scale * weight_scale + bias) (silu, gelu, gelu_tanh or none), rounded once to out_dtype: x's by default, float32 where x is codes. A row
     with NaN or infinity comes out as NaN. Raises ValueError for shapes or dtypes that do not fit.
     """
     if x.dim() != 2 or x.shape[1] != packed.in_features:
@@ -68,7 +70,9 @@ def linear_w8a8(
     check_last_stride(bias=bias)
     if out_dtype is not None and out_dtype not in FLOATS:
         raise ValueError(f"out_dtype is {out_dtype}; allowed: {', '.join(map(str, FLOATS))}")
-    return packed.run(x, packed, bias, out_dtype, x_scales)
+    if activation not in ACTIVATION_FUNCTIONS:
+        raise ValueError(f"activation is {activation!r}; allowed: {', '.join(map(str, ACTIVATION_FUNCTIONS))}")
+    return packed.run(x, packed, bias, out_dtype, x_scales, activation)
 
 
 def _check_scales(x: torch.Tensor, x_scales: torch.Tensor | None, packed: PackedWeight) -> None:

@@ -7,65 +7,77 @@ namespace {
 
 constexpr int64_t kMaxDepth = 4096;  // of one walk down a panel: 4096 codes of 48 columns are 192 KB
 
-// What one unit holds for one tile between the pieces of k that a long row is cut into.
-union Carry {
-    vi sum;
-    vf total;
+constexpr int kCentre = 128;     // what stored codes are too large by
+
+struct Panel {
+    const uint32_t *words, *next;  // and where the next panel begins
+    const float* scales;
+    int64_t index, first_row, rows;
 };
 
-template <int ROWS>
-SERVD_INLINE void finish_tile(const CodedCall& call, const float* scales, int64_t row, int64_t panel,
-                              const vf (&totals)[ROWS][kTileVectors]) {
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < kTileVectors; ++v)
-            finish(call, row + r, panel * kCodePanel + v * W, totals[r][v] * load(scales + v * W));
+template <class F>
+SERVD_INLINE void for_cells(int64_t rows, F&& f) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int v = 0; v < kTileVectors; ++v) f(row, row * kTileVectors + v, v);
 }
 
-// Weights are stored as code + 128: the sum that starts at -128 times the sum of x's codes ends as if they were not.
-template <int ROWS>
-SERVD_INLINE void tile(const CodedCall& call, const IntegerRows& x, const uint32_t* words, int64_t row, int64_t panel,
-                       int64_t begin, int64_t end, const char* ahead, Carry* carry) {
-    vi acc[ROWS][kTileVectors];
-    vf totals[ROWS][kTileVectors];
-    int64_t segments = x.segments;
-    for (int64_t s = begin / x.segment; s < quotient_up(end, x.segment); ++s) {
-        int64_t first = greater(begin, s * x.segment), last = lesser(end, (s + 1) * x.segment);
-        for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < kTileVectors; ++v)
-                acc[r][v] = first == s * x.segment ? vi{} - 128 * x.sums.data[(row + r) * segments + s]
-                                                   : carry[r * kTileVectors + v].sum;
-        multiply_integers<8, ROWS>(x.codes.data + row * x.stride + first, x.stride, words + first / 4 * kCodePanel,
-                                   last - first, ahead + first / 4 * 64, acc);
-        bool is_whole = last == lesser((s + 1) * x.segment, round_up(call.k, 4));
-        for (int r = 0; r < ROWS; ++r) {
-            vf scale = broadcast(x.scales.data[(row + r) * segments + s]);
-            for (int v = 0; v < kTileVectors; ++v) {
-                Carry& kept = carry[r * kTileVectors + v];
-                if (is_whole) kept.total = fma(__builtin_convertvector(acc[r][v], vf), scale, s ? kept.total : vf{});
-                else kept.sum = acc[r][v];
-                totals[r][v] = kept.total;
-            }
-        }
+// A scale for each row: the sums stay integers, in memory between pieces of k.
+void whole_unit(const CodedCall& call, const IntegerRows& x, const Panel& panel) {
+    vi sums[kUnitRows * kTileVectors];
+    int64_t depth = round_up(call.k, 4), tiles = quotient_up(panel.rows, kTileRows);
+    for (int64_t first = 0; first < depth; first += kMaxDepth) {
+        const uint32_t* piece = panel.words + first / 4 * kCodePanel;
+        const uint32_t* next = lesser(piece + kMaxDepth / 4 * kCodePanel, panel.next);
+        for_tiles(panel.rows, [&](int64_t row, auto count) {
+            int64_t at = panel.first_row + row;
+            multiply_integers<8, decltype(count)::value>(
+                x.codes.data + at * x.stride + first, x.stride, piece, lesser(kMaxDepth, depth - first),
+                prefetch_of(piece, next, quotient_up(row, kTileRows), tiles), first == 0, kCentre, x.sums.data + at, 1,
+                sums + row * kTileVectors);
+        });
     }
-    if (end < call.k) return;
-    finish_tile<ROWS>(call, static_cast<const float*>(call.scales) + panel * kCodePanel, row, panel, totals);
+    for_cells(panel.rows, [&](int64_t row, int64_t cell, int v) {
+        vf total = __builtin_convertvector(sums[cell], vf) * x.scales.data[panel.first_row + row];
+        finish(call, panel.first_row + row, panel.index * kCodePanel + v * W, total * load(panel.scales + v * W));
+    });
+}
+
+// A scale for each row and group of columns.
+void grouped_unit(const CodedCall& call, const IntegerRows& x, const Panel& panel) {
+    vi dots[kTileRows * kTileVectors];
+    vf totals[kUnitRows * kTileVectors];
+    int64_t depth = round_up(call.k, 4);
+    memset(totals, 0, panel.rows * kTileVectors * sizeof(vf));
+    for (int64_t s = 0; s < x.segments; ++s) {
+        int64_t first = s * x.segment;
+        const uint32_t* piece = panel.words + first / 4 * kCodePanel;
+        for_tiles(panel.rows, [&](int64_t row, auto count) {
+            int64_t at = panel.first_row + row, cell = at * x.segments + s;
+            Prefetch prefetch = prefetch_of(piece, piece, 0, 1);
+            if (row) prefetch.burst = 0;
+            multiply_integers<8, decltype(count)::value>(
+                x.codes.data + at * x.stride + first, x.stride, piece, lesser(x.segment, depth - first), prefetch,
+                true, kCentre, x.sums.data + cell, x.segments, dots);
+            for_cells(decltype(count)::value, [&](int64_t r, int64_t tile_cell, int) {
+                vf scale = broadcast(x.scales.data[cell + r * x.segments]);
+                vf& total = totals[row * kTileVectors + tile_cell];
+                total = fma(__builtin_convertvector(dots[tile_cell], vf), scale, total);
+            });
+        });
+    }
+    for_cells(panel.rows, [&](int64_t row, int64_t cell, int v) {
+        finish(call, panel.first_row + row, panel.index * kCodePanel + v * W,
+               totals[cell] * load(panel.scales + v * W));
+    });
 }
 
 void unit(const CodedCall& call, const IntegerRows& x, int64_t panel, int64_t first_row) {
-    Carry carry[kUnitRows * kTileVectors];
-    int64_t rows = lesser(kUnitRows, call.m - first_row), depth = round_up(call.k, 4);
-    int64_t panel_words = depth / 4 * kCodePanel, panels = quotient_up(call.n, kCodePanel);
-    const uint32_t* words = call.words + panel * panel_words;
-    // The next panel comes from memory while this one's later tiles run: each fetches a third of it.
-    const char* next = reinterpret_cast<const char*>(words + (panel + 1 < panels ? panel_words : 0));
-    for (int64_t begin = 0; begin < depth; begin += kMaxDepth) {
-        int64_t end = lesser(depth, begin + kMaxDepth);
-        for_tiles(rows, [&](int64_t row, auto count) __attribute__((always_inline)) {
-            const char* ahead = next + (row / kTileRows) % kTileVectors * (depth / 4 * 64);
-            tile<decltype(count)::value>(call, x, words, first_row + row, panel, begin, end, ahead,
-                                         carry + row * kTileVectors);
-        });
-    }
+    const uint32_t* words = call.words + panel * quotient_up(call.k, 4) * kCodePanel;
+    Panel job = {words, words + quotient_up(call.k, 4) * kCodePanel,
+                 static_cast<const float*>(call.scales) + panel * kCodePanel, panel, first_row,
+                 lesser(kUnitRows, call.m - first_row)};
+    if (x.segments == 1) whole_unit(call, x, job);
+    else grouped_unit(call, x, job);
 }
 
 }  // namespace
@@ -76,10 +88,10 @@ void unit(const CodedCall& call, const IntegerRows& x, int64_t panel, int64_t fi
 // x that share a scale, 32 to 256, or k.
 SERVD_EXPORT(linear_w8a8)(const void* x, int64_t x_stride, const void* x_scales, const void* words, const void* scales,
                           const void* bias, void* out, int64_t m, int64_t n, int64_t k, int64_t group, int x_dtype,
-                          int bias_dtype, int out_dtype) {
+                          int bias_dtype, int out_dtype, int activation) {
     using namespace SERVD_ISA;
     CodedCall call = {static_cast<const uint32_t*>(words), scales, nullptr, nullptr, bias, out, m, n, k, k,
-                      kFloat32, bias_dtype, out_dtype, nullptr, nullptr};
+                      kFloat32, bias_dtype, out_dtype, activation, nullptr, nullptr};
     IntegerRows rows(m, k, group);
     rows.fill<8>(x, x_dtype, x_stride, static_cast<const float*>(x_scales), m, k);
     for_units(m, n, k, [&call, &rows](int64_t panel, int64_t first_row) { unit(call, rows, panel, first_row); });

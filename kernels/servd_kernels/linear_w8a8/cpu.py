@@ -5,9 +5,10 @@ import torch
 
 from servd_kernels import native
 from servd_kernels.code_layout import pack_codes, pack_groups
+from servd_kernels.linear.packed import ACTIVATIONS
 from servd_kernels.linear_w8a8.packed import BoundLinear, PackedWeight
 
-_KERNEL = native.Function("linear_w8a8", "plppppplllliii")
+_KERNEL = native.Function("linear_w8a8", "plppppp" + "llll" + "iiii")
 _CODES = 4  # kCodes of common/rows.hpp
 
 
@@ -33,6 +34,7 @@ def run(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     x_scales: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     assert packed.kernel is not None, "the weight was packed by another backend"
     if x.stride(1) != 1:
@@ -48,6 +50,6 @@ def run(
         packed.scales.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), rows,
         packed.out_features, depth, packed.activation_group or (depth + 63) // 64 * 64,
         native.DTYPES.get(x.dtype, _CODES), 0 if bias is None else native.DTYPES[bias.dtype],
-        native.DTYPES[out.dtype],
+        native.DTYPES[out.dtype], ACTIVATIONS[activation],
     )  # fmt: skip
     return out

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from servd_kernels.linear import reference as dense
 from servd_kernels.linear_w8a8.packed import BoundLinear, PackedWeight
 from servd_kernels.weight_quant import quantize_int8
 
@@ -28,6 +29,7 @@ def run(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     x_scales: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     """Integers multiplied as float64, which holds every sum: exact, so that torch's order of summation is no matter."""
     out_dtype = out_dtype or (torch.float32 if x.dtype == torch.int8 else x.dtype)
@@ -41,6 +43,8 @@ def run(
     out *= packed.scales
     if bias is not None:
         out += bias.float()
+    if activation is not None:
+        out = dense.ACTIVATION_FUNCTIONS[activation](out)
     return out.to(out_dtype)
 
 

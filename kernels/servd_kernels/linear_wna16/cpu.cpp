@@ -6,35 +6,40 @@ namespace SERVD_ISA {
 namespace {
 
 // weight * x over a segment = scale * (codes . x) + offset * (sum of x), both sums exact integers.
+SERVD_INLINE void add_segment(const IntegerRows& x, int64_t row, int64_t segment, const Scales& scales, const vi* dots,
+                              float* totals) {
+    int64_t cell = row * x.segments + segment;
+    vf scale = broadcast(x.scales.data[cell]), sum = scale * float(x.sums.data[cell]);
+    for (int v = 0; v < kTileVectors; ++v) {
+        vf dot = __builtin_convertvector(dots[v], vf) * scales.scale[v];
+        vf total = fma(dot, scale, load(totals + v * W));
+        store(totals + v * W, fma(scales.offset[v], sum, total));
+    }
+}
+
 template <int BITS>
 void integer_unit(const CodedCall& call, const IntegerRows& x, int64_t panel, int64_t first_row) {
     alignas(64) float totals[kUnitRows * kCodePanel];
+    vi dots[kTileRows * kTileVectors];
     constexpr int kDepth = 32 / BITS;
     int64_t rows = lesser(kUnitRows, call.m - first_row), depth = round_up(call.k, kDepth);
     const uint32_t* words = call.words + panel * (depth / kDepth) * kCodePanel;
+    memset(totals, 0, rows * kCodePanel * sizeof(float));
     for (int64_t s = 0; s < x.segments; ++s) {
         int64_t first = s * x.segment, length = lesser(x.segment, depth - first);
         const uint32_t* piece = words + first / kDepth * kCodePanel;
         Scales scales = load_scales(call, panel, first / call.group, 0, 1 << (BITS - 1));
-        for_tiles(rows, [&](int64_t row, auto count) __attribute__((always_inline)) {
+        for_tiles(rows, [&](int64_t row, auto count) {
             constexpr int ROWS = decltype(count)::value;
-            vi acc[ROWS][kTileVectors] = {};
-            multiply_integers<BITS, ROWS>(x.codes.data + (first_row + row) * x.stride + first, x.stride,
-                                          piece, length, reinterpret_cast<const char*>(piece), acc);
-            for (int r = 0; r < ROWS; ++r) {
-                float* place = totals + (row + r) * kCodePanel;
-                int64_t cell = (first_row + row + r) * x.segments + s;
-                vf scale = broadcast(x.scales.data[cell]), sum = scale * float(x.sums.data[cell]);
-                for (int v = 0; v < kTileVectors; ++v) {
-                    vf dot = __builtin_convertvector(acc[r][v], vf) * scales.scale[v];
-                    vf total = fma(dot, scale, s ? load(place + v * W) : vf{});
-                    total = fma(scales.offset[v], sum, total);
-                    if (s + 1 == x.segments) finish(call, first_row + row + r, panel * kCodePanel + v * W, total);
-                    else store(place + v * W, total);
-                }
-            }
+            Prefetch prefetch = prefetch_of(piece, piece, 0, 1);
+            if (row) prefetch.burst = 0;
+            multiply_integers<BITS, ROWS>(x.codes.data + (first_row + row) * x.stride + first, x.stride, piece, length,
+                                          prefetch, true, 0, x.sums.data, 0, dots);
+            for (int r = 0; r < ROWS; ++r)
+                add_segment(x, first_row + row + r, s, scales, dots + r * kTileVectors, totals + (row + r) * kCodePanel);
         });
     }
+    finish_rows(call, totals, panel, first_row, rows);
 }
 
 template <int BITS>
@@ -70,10 +75,10 @@ SERVD_EXPORT(code_panel)() { return SERVD_ISA::kCodePanel; }
 SERVD_EXPORT(linear_wna16)(const void* x, int64_t x_stride, const void* words, const void* scales, const void* zeros,
                            const void* minima, const void* bias, void* out, int64_t m, int64_t n, int64_t k,
                            int64_t group, int bits, int x_dtype, int scale_dtype, int bias_dtype, int out_dtype,
-                           int is_integer) {
+                           int activation, int is_integer) {
     using namespace SERVD_ISA;
     CodedCall call = {static_cast<const uint32_t*>(words), scales, static_cast<const uint8_t*>(zeros), minima, bias,
-                      out, m, n, k, group, scale_dtype, bias_dtype, out_dtype, nullptr, nullptr};
+                      out, m, n, k, group, scale_dtype, bias_dtype, out_dtype, activation, nullptr, nullptr};
     return bits == 4 ? run<Int4>(call, x, x_dtype, x_stride, is_integer)
                      : run<Int8>(call, x, x_dtype, x_stride, is_integer);
 }

@@ -5,9 +5,10 @@ import torch
 
 from servd_kernels import native
 from servd_kernels.code_layout import pack_codes, pack_groups
+from servd_kernels.linear.packed import ACTIVATIONS
 from servd_kernels.linear_wna16.packed import BoundLinear, GroupedWeight, PackedWeight
 
-_KERNEL = native.Function("linear_wna16", "plppppppllll" + "iiiiii")
+_KERNEL = native.Function("linear_wna16", "plppppppllll" + "iiiiiii")
 _MAX_SEGMENT = 256  # kMaxSegment of common/rows.hpp
 
 
@@ -39,6 +40,7 @@ def run(
     packed: PackedWeight,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     assert packed.kernel is not None, "the weight was packed by another backend"
     if x.stride(1) != 1:
@@ -54,6 +56,7 @@ def run(
         x.data_ptr(), x.stride(0), packed.data.data_ptr(), packed.scales.data_ptr(), zeros, minima,
         None if bias is None else bias.data_ptr(), out.data_ptr(), rows, packed.out_features, depth,
         min(packed.group_size, depth), packed.bits, native.DTYPES[x.dtype], native.DTYPES[packed.scales.dtype],
-        0 if bias is None else native.DTYPES[bias.dtype], native.DTYPES[out.dtype], packed.activations == "int8",
+        0 if bias is None else native.DTYPES[bias.dtype], native.DTYPES[out.dtype], ACTIVATIONS[activation],
+        packed.activations == "int8",
     )  # fmt: skip
     return out

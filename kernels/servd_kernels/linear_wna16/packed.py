@@ -77,7 +77,11 @@ class PackedWeight:
     kernel: Callable[..., int] | None = None  # native code of the instruction set that fits the layout
 
 
-Run = Callable[[torch.Tensor, PackedWeight, torch.Tensor | None, torch.dtype | None], torch.Tensor]
+# x, packed, bias, out_dtype, activation
+Run = Callable[
+    [torch.Tensor, PackedWeight, torch.Tensor | None, torch.dtype | None, str | None],
+    torch.Tensor,
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,5 +97,6 @@ class BoundLinear:
         packed: PackedWeight,
         bias: torch.Tensor | None = None,
         out_dtype: torch.dtype | None = None,
+        activation: str | None = None,
     ) -> torch.Tensor:
-        return self.run(x, packed, bias, out_dtype)
+        return self.run(x, packed, bias, out_dtype, activation)

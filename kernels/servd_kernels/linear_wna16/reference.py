@@ -33,6 +33,7 @@ def run(
     packed: PackedWeight,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     """x by the dequantized weight, in float32."""
     wide = x.float()
@@ -40,7 +41,7 @@ def run(
         width = min(packed.group_size, MAX_ACTIVATION_GROUP)
         codes, scales = quantize_int8(x, width)
         wide = codes * spread(scales, width, x.shape[1])
-    out = dense.run(wide, dense.pack(packed.data), None if bias is None else bias.float())
+    out = dense.run(wide, dense.pack(packed.data), None if bias is None else bias.float(), None, activation)
     return out.to(out_dtype or x.dtype)
 
 
