@@ -54,18 +54,58 @@ def _store_plain(x, pointers, mask, HEAD_DIM: tl.constexpr, column, dtype: tl.co
 
 
 @triton.jit
-def _store_scaled(x, data, params, row_mask, mask, column, LIMIT: tl.constexpr, IS_FP8: tl.constexpr):
-    # As integers the bits of a magnitude are in order, NaN above all.
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    most = tl.max(bits, 1).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(most, tl.full(most.shape, LIMIT, tl.float32)).to(tl.float16)
-    numbers = _clamp(_divide(x, scale.to(tl.float32)[:, None]), -LIMIT, LIMIT)
-    if IS_FP8:
-        codes = encode_e4m3(numbers)
-    else:
-        codes = _round(numbers).to(tl.int32).to(tl.uint8)
+def _largest_magnitude(x):
+    """x [rows, dims] -> [rows]. As integers the bits of a magnitude are in order, NaN above all."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _store_int8(x, data, params, row_mask, mask, column):
+    most = _largest_magnitude(x)
+    scale = tl.div_rn(most, tl.full(most.shape, 127.0, tl.float32)).to(tl.float16)
+    numbers = _clamp(_divide(x, scale.to(tl.float32)[:, None]), -127.0, 127.0)
+    tl.store(data[:, None] + column[None, :], _round(numbers).to(tl.int32).to(tl.uint8), mask=mask)
+    tl.store(params.to(tl.pointer_type(tl.float16)), scale, mask=row_mask)
+
+
+@triton.jit
+def _try_fp8(x, most, limit):
+    """Codes [rows, dims], scale [rows] and squared error [rows] with the largest magnitude at `limit`."""
+    scale = tl.div_rn(most, tl.full(most.shape, limit, tl.float32)).to(tl.float16)
+    wide = scale.to(tl.float32)[:, None]
+    codes = encode_e4m3(_clamp(_divide(x, wide), -448.0, 448.0))
+    off = decode_e4m3(codes) * wide - x
+    return codes, scale, tl.sum(off * off, 1)
+
+
+@triton.jit
+def _store_fp8(x, data, params, row_mask, mask, column):
+    most = _largest_magnitude(x)
+    codes, scale, least = _try_fp8(x, most, 448.0)
+    for i in range(1, 7):  # FP8_LIMITS of kv_format.py, which tells why
+        other_codes, other_scale, error = _try_fp8(x, most, 448.0 - 32.0 * i)
+        is_better = error < least
+        codes = tl.where(is_better[:, None], other_codes, codes)
+        scale = tl.where(is_better, other_scale, scale)
+        least = tl.where(is_better, error, least)
     tl.store(data[:, None] + column[None, :], codes, mask=mask)
     tl.store(params.to(tl.pointer_type(tl.float16)), scale, mask=row_mask)
+
+
+@triton.jit
+def _try_int4(groups, mean, scale, minimum):
+    """groups [rows, groups, GROUP] -> codes, stored scale and minimum, squared error, and the scale and minimum that
+    suit the codes best."""
+    stored_scale, stored_minimum = scale.to(tl.float16), minimum.to(tl.float16)
+    wide, low = stored_scale.to(tl.float32)[:, :, None], stored_minimum.to(tl.float32)[:, :, None]
+    codes = _round(_clamp(_divide(groups - low, wide), 0.0, 15.0))
+    off = codes * wide + low - groups
+    count: tl.constexpr = groups.shape[2]
+    average = tl.sum(codes, 2) / count
+    centred = codes - average[:, :, None]
+    spread = tl.sum(centred * centred, 2)
+    next_scale = tl.sum(centred * (groups - mean[:, :, None]), 2) / tl.where(spread > 1e-9, spread, 1e-9)
+    return codes, stored_scale, stored_minimum, tl.sum(off * off, 2), next_scale, mean - average * next_scale
 
 
 @triton.jit
@@ -75,16 +115,24 @@ def _store_int4(
 ):  # fmt: skip
     groups = tl.reshape(x, (ROWS, DIMS // GROUP, GROUP))
     is_nan = tl.max((groups != groups).to(tl.int32), 2) > 0
-    least = tl.where(is_nan, float("nan"), tl.min(groups, 2))
-    most = tl.max(groups, 2)
-    scale = tl.div_rn(most - least, tl.full(most.shape, 15.0, tl.float32)).to(tl.float16)
-    minimum = least.to(tl.float16)
-    shifted = groups - minimum.to(tl.float32)[:, :, None]
-    numbers = _round(_clamp(_divide(shifted, scale.to(tl.float32)[:, :, None]), 0.0, 15.0)).to(tl.int32)
-    low, high = tl.split(tl.reshape(numbers, (ROWS, DIMS // 2, 2)))
+    low = tl.where(is_nan, float("nan"), tl.min(groups, 2))
+    mean = tl.sum(groups, 2) / GROUP
+    span = tl.max(groups, 2) - low
+    first_scale = tl.div_rn(span, tl.full(span.shape, 15.0, tl.float32))
+    codes, scale, minimum, least, next_scale, next_minimum = _try_int4(groups, mean, first_scale, low)
+    for _ in range(3):  # FIT_PASSES of kv_format.py
+        other, other_scale, other_minimum, error, next_scale, next_minimum = _try_int4(
+            groups, mean, next_scale, next_minimum
+        )
+        is_better = error < least
+        codes = tl.where(is_better[:, :, None], other, codes)
+        scale = tl.where(is_better, other_scale, scale)
+        minimum = tl.where(is_better, other_minimum, minimum)
+        least = tl.where(is_better, error, least)
+    even, odd = tl.split(tl.reshape(codes.to(tl.int32), (ROWS, DIMS // 2, 2)))
     byte = tl.arange(0, DIMS // 2)
     mask = row_mask[:, None] & (byte < HEAD_DIM // 2)[None, :]
-    tl.store(data[:, None] + byte[None, :], (low | (high << 4)).to(tl.uint8), mask=mask)
+    tl.store(data[:, None] + byte[None, :], (even | (odd << 4)).to(tl.uint8), mask=mask)
     group = tl.arange(0, DIMS // GROUP)
     places = params.to(tl.pointer_type(tl.float16))[:, None] + group[None, :] * (2 * BLOCK_SIZE)
     mask = row_mask[:, None] & (group < HEAD_DIM // GROUP)[None, :]
@@ -108,9 +156,9 @@ def store_rows(
     elif CODE == "int4":
         _store_int4(x, data, params, row_mask, HEAD_DIM, DIMS, ROWS, GROUP, BLOCK_SIZE)
     elif CODE == "int8":
-        _store_scaled(x, data, params, row_mask, mask, column, 127.0, False)
+        _store_int8(x, data, params, row_mask, mask, column)
     else:
-        _store_scaled(x, data, params, row_mask, mask, column, 448.0, True)
+        _store_fp8(x, data, params, row_mask, mask, column)
 
 
 @triton.jit

@@ -49,14 +49,23 @@ def _rotate(
 
 
 @triton.jit
+def _reorder(x, column, key_order, head, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr):
+    """x [ROWS, DIMS], each row in its key/value head's order of dimensions; head [ROWS]."""
+    is_in = (column < HEAD_DIM)[None, :]
+    order = tl.load(key_order + head[:, None] * HEAD_DIM + column[None, :], mask=is_in, other=0)
+    order = tl.where(is_in, order, tl.broadcast_to(column[None, :], (ROWS, DIMS)))
+    return tl.gather(x, order, 1)
+
+
+@triton.jit
 def _kernel(
-    q, k, v, positions, cos_sin, slots, cache,
+    q, k, v, positions, cos_sin, slots, cache, key_order,
     q_heads, kv_heads, q_token, q_head, k_token, k_head, v_token, v_head,
     block_bytes, head_bytes, k_params, v_data, v_params, k_row_bytes, v_row_bytes,
     HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, BLOCK_SIZE: tl.constexpr, INTERLEAVED: tl.constexpr,
     K_CODE: tl.constexpr, K_GROUP: tl.constexpr, K_ROTATED: tl.constexpr,
     V_CODE: tl.constexpr, V_GROUP: tl.constexpr, V_ROTATED: tl.constexpr,
-    WIDTH: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr,
+    WIDTH: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     q_tiles, kv_tiles = tl.cdiv(q_heads, ROWS), tl.cdiv(kv_heads, ROWS)
@@ -70,7 +79,11 @@ def _kernel(
         if ROTARY > 0:
             x = _rotate(x, column, cos_sin, tl.load(positions + token), ROTARY, INTERLEAVED, ROWS, DIMS)
         if K_ROTATED:
-            x = hadamard(narrow(x, dtype).to(tl.float32), column, WIDTH, SCALE, ROWS, DIMS)
+            x = narrow(x, dtype).to(tl.float32)
+            if HAS_ORDER:
+                kv_head = tl.minimum(head, q_heads - 1) * kv_heads // q_heads
+                x = _reorder(x, column, key_order, kv_head, HEAD_DIM, ROWS, DIMS)
+            x = hadamard(x, column, WIDTH, SCALE, ROWS, DIMS)
         tl.store(places, narrow(x, dtype), mask=mask)
         return
     slot = tl.load(slots + token)
@@ -89,6 +102,8 @@ def _kernel(
             x = _rotate(x, column, cos_sin, tl.load(positions + token), ROTARY, INTERLEAVED, ROWS, DIMS)
             x = narrow(x, dtype).to(tl.float32)
         if K_ROTATED:
+            if HAS_ORDER:
+                x = _reorder(x, column, key_order, tl.minimum(head, kv_heads - 1), HEAD_DIM, ROWS, DIMS)
             x = hadamard(x, column, WIDTH, SCALE, ROWS, DIMS)
         data, params = base + offset * k_row_bytes, base + k_params + offset * 2
         store_rows(x, data, params, row_mask, mask, column, K_CODE, HEAD_DIM, DIMS, ROWS, K_GROUP, BLOCK_SIZE)
@@ -101,12 +116,13 @@ def _kernel(
         store_rows(x, data, params, row_mask, mask, column, V_CODE, HEAD_DIM, DIMS, ROWS, V_GROUP, BLOCK_SIZE)
 
 
-def _constants(kv_format: KVFormat, rotary_dim: int, interleaved: bool) -> dict[str, Any]:
+def _constants(kv_format: KVFormat, rotary_dim: int, interleaved: bool, has_order: bool) -> dict[str, Any]:
     head_dim = kv_format.head_dim
     dims, width = triton.next_power_of_2(head_dim), head_dim & -head_dim
     rows = min(_TILE // dims, triton.next_power_of_2(kv_format.num_kv_heads))
     constants: dict[str, Any] = {"HEAD_DIM": head_dim, "ROTARY": rotary_dim, "BLOCK_SIZE": kv_format.block_size}
     constants |= {"INTERLEAVED": interleaved, "WIDTH": width, "SCALE": width**-0.5, "ROWS": rows, "DIMS": dims}
+    constants["HAS_ORDER"] = has_order
     for name, side in (("K", kv_format.k), ("V", kv_format.v)):
         constants[f"{name}_CODE"] = side.code.name
         constants[f"{name}_GROUP"] = side.code.group_size(head_dim)
@@ -124,16 +140,17 @@ def run(
     kv_cache: torch.Tensor,
     kv_format: KVFormat,
     interleaved: bool = False,
+    key_order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if INTERPRETED:  # on a GPU the check would wait for the device
         check_values(positions, len(cos_sin), slot_mapping, len(kv_cache) * kv_format.block_size)
     num_tokens, q_heads, _ = q.shape
     kv_heads, key, value = kv_format.num_kv_heads, kv_format.k, kv_format.v
-    constants = _constants(kv_format, cos_sin.shape[1], interleaved)
+    constants = _constants(kv_format, cos_sin.shape[1], interleaved, key_order is not None)
     parts = triton.cdiv(q_heads, constants["ROWS"]) + 2 * triton.cdiv(kv_heads, constants["ROWS"])
     if num_tokens:
         _kernel[(num_tokens, parts)](
-            q, k, v, positions, cos_sin, slot_mapping, kv_cache, q_heads, kv_heads,
+            q, k, v, positions, cos_sin, slot_mapping, kv_cache, key_order, q_heads, kv_heads,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             kv_format.block_bytes, kv_format.head_bytes, key.params_offset, value.data_offset, value.params_offset,
             key.row_bytes, value.row_bytes, num_warps=1, **constants,
@@ -153,9 +170,9 @@ def compile_cases() -> Iterator[CompileCase]:
                 name=f"{kv_heads}x{head_dim} {key} {value}",
                 kernel=_kernel,
                 signature=dict.fromkeys(("q", "k", "v"), POINTERS[torch.bfloat16])
-                | {"positions": "*i64", "cos_sin": "*fp32", "slots": "*i64", "cache": "*u8"}
+                | {"positions": "*i64", "cos_sin": "*fp32", "slots": "*i64", "cache": "*u8", "key_order": "*i32"}
                 | dict.fromkeys(("q_heads", "kv_heads", *bytes_and_strides.split()), "i32"),
-                constants=_constants(kv_format, head_dim, False),
-                aligned=("q", "k", "v", "positions", "cos_sin", "slots", "cache", *bytes_and_strides.split()),
+                constants=_constants(kv_format, head_dim, False, kv_format.k.code.is_rotated),
+                aligned=("q", "k", "v", "positions", "cos_sin", "slots", "cache", "key_order", *bytes_and_strides.split()),
                 num_warps=1,
             )
