@@ -1,6 +1,10 @@
 // Owns: what every kernel file needs besides vectors: dtype dispatch, threads, scratch memory.
 // Does not know: any op.
 #pragma once
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <type_traits>
 
@@ -45,5 +49,18 @@ struct Scratch {
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
 };
+
+// A result of many MiB lies on fresh pages, which the system clears at the first write to each: huge ones, where it
+// has them, save most of that time (8 of 42 ms for 512 rows of 49152 columns of bfloat16).
+SERVD_INLINE void prefer_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t kHugePage = 2 << 20;
+    uintptr_t first = (uintptr_t(memory) + kHugePage - 1) / kHugePage * kHugePage;
+    uintptr_t last = (uintptr_t(memory) + bytes) / kHugePage * kHugePage;
+    if (bytes >= int64_t(8 * kHugePage)) madvise((void*)first, last - first, MADV_HUGEPAGE);  // a hint: it may fail
+#else
+    (void)memory, (void)bytes;
+#endif
+}
 
 }  // namespace SERVD_ISA

@@ -328,6 +328,7 @@ SERVD_EXPORT(linear)(const void* x, int64_t x_stride, const void* packed, const 
         const T* rows = static_cast<const T*>(x);
         auto run = [=](auto* typed_out) {
             using O = std::remove_pointer_t<decltype(typed_out)>;
+            prefer_huge_pages(typed_out, m * n * sizeof(O));
             Call<T, O> call = {static_cast<const T*>(packed),
                                static_cast<const T*>(bias),
                                static_cast<const T*>(residual),
