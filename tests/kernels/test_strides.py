@@ -56,7 +56,11 @@ def test_gaps_are_refused_by_name(run: Callable[..., Any], make_inputs: Callable
         run(**inputs)
 
 
-def test_layers_of_unequal_strides_are_refused() -> None:
-    caches = [torch.zeros(4, 6), torch.zeros(4, 12)[:, :6]]
-    with pytest.raises(ValueError, match="equal strides"):
-        copy_blocks(caches, torch.tensor([0]), torch.tensor([1]))
+def test_layers_of_unequal_strides_are_each_copied_by_their_own(backend: str) -> None:
+    wide = torch.arange(48.0).view(4, 12)
+    caches = [torch.arange(24.0).view(4, 6), wide[:, :6]]
+    before = [cache.clone() for cache in caches]
+    copy_blocks(caches, torch.tensor([0]), torch.tensor([3]), backend=backend)
+    for old, new in zip(before, caches, strict=True):
+        assert torch.equal(new, old[[0, 1, 2, 0]])
+    assert torch.equal(wide[:, 6:], torch.arange(48.0).view(4, 12)[:, 6:])
