@@ -116,7 +116,7 @@ def _merge_kernel(
         if SPEC.has_sink_logits:
             sink = tl.load(sink_logits + head + one)
         result, row_lse = finish(acc, top, total, sink, SPEC)
-        store_rows(out, lse, place, result, row_lse, one == 0, (dim < SPEC.head_dim)[None, :], SPEC)
+        store_rows(out, lse, place, result, row_lse, one == 0, SPEC)
 
 
 def run(

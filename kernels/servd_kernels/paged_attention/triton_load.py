@@ -19,10 +19,10 @@ def convert(x, dtype: tl.constexpr):
 
 @triton.jit
 def locate(table, pages, index, is_wanted, SPEC: tl.constexpr, HAS_PAGES: tl.constexpr, MASKED: tl.constexpr):
-    """Where keys `index` [KEYS] lie: positions in the request, blocks (int64), places in the block, and whether they
+    """Where keys `index` [KEYS] lie: positions in the request, blocks, places in the block, and whether they
     are wanted still. With pages, `index` counts the keys of the chosen pages, one after the other."""
-    place = index % SPEC.block_size
-    column = index // SPEC.block_size
+    place = (index.to(tl.uint32) % SPEC.block_size).to(tl.int32)
+    column = (index.to(tl.uint32) // SPEC.block_size).to(tl.int32)
     position = index
     if HAS_PAGES:
         column = tl.load(pages + column, mask=is_wanted, other=-1)
@@ -32,7 +32,7 @@ def locate(table, pages, index, is_wanted, SPEC: tl.constexpr, HAS_PAGES: tl.con
         block = tl.load(table + column, mask=is_wanted, other=0)
     else:
         block = tl.load(table + column)
-    return position, block.to(tl.int64), place, is_wanted
+    return position, block, place, is_wanted
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def load_side(
     """One side of a tile, [KEYS, WIDTH] in SIDE.operand, and the factor of each key [KEYS], float32, 1 if there is
     none. Zero where not wanted, and beyond the head."""
     numbers = _load_codes(codes, block, place, kv_head, is_wanted, SPEC, SIDE, MASKED)
-    param = params + block * SPEC.params_block + kv_head * SPEC.params_head + SIDE.params_offset + place
+    param = params + block.to(tl.int64) * SPEC.params_block + kv_head * SPEC.params_head + SIDE.params_offset + place
     factor = tl.full(place.shape, 1.0, tl.float32)
     if SIDE.group > 0:
         numbers = _dequantize_groups(numbers, param, is_wanted, SPEC, SIDE, MASKED)
@@ -59,17 +59,55 @@ def load_side(
 
 
 @triton.jit
+def find_spoiled(
+    codes, params, block, place, kv_head, is_wanted, SPEC: tl.constexpr, SIDE: tl.constexpr
+):
+    """Which keys hold anything but finite numbers on this side: [KEYS] int32, 0 where not wanted. Reads the rows, or the
+    parameters where there are any, once more: to look at the tile that `load_side` gives would cost registers."""
+    param = params + block.to(tl.int64) * SPEC.params_block + kv_head * SPEC.params_head + SIDE.params_offset + place
+    if SIDE.is_scaled:
+        return _is_not_finite(tl.load(param, mask=is_wanted, other=0.0))
+    elif SIDE.group > 0:
+        number = tl.arange(0, 2 * SPEC.width // SIDE.group)  # scales and minima
+        mask = (number < 2 * SIDE.num_groups)[None, :] & is_wanted[:, None]
+        found = tl.load(param[:, None] + (SPEC.block_size * number)[None, :], mask=mask, other=0.0)
+        return tl.max(_is_not_finite(found), 1)
+    else:
+        row = codes + block.to(tl.int64) * SIDE.block_stride + kv_head * SIDE.head_stride + SIDE.offset + place * SIDE.row
+        spoiled = tl.zeros(place.shape, tl.int32)
+        for first in tl.range(0, SIDE.row, 32, num_stages=1):
+            column = first + tl.arange(0, 32)
+            mask = (column < SIDE.row)[None, :] & is_wanted[:, None]
+            found = tl.load(row[:, None] + column[None, :], mask=mask, other=0.0)
+            spoiled = spoiled | tl.max(_is_not_finite(found), 1)
+        return spoiled
+
+
+@triton.jit
+def _is_not_finite(x):
+    """By the bits: all of the exponent set."""
+    if x.dtype == tl.float32:
+        return ((x.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000).to(tl.int32)
+    elif x.dtype == tl.bfloat16:
+        return ((x.to(tl.int16, bitcast=True) & 0x7F80) == 0x7F80).to(tl.int32)
+    else:
+        return ((x.to(tl.int16, bitcast=True) & 0x7C00) == 0x7C00).to(tl.int32)
+
+
+@triton.jit
 def _load_codes(
     codes, block, place, kv_head, is_wanted, SPEC: tl.constexpr, SIDE: tl.constexpr, MASKED: tl.constexpr
 ):
     """[KEYS, WIDTH], nibbles taken apart."""
     COLUMNS: tl.constexpr = SPEC.width // 2 if SIDE.bits == 4 else SPEC.width
-    row = block * SIDE.block_stride + kv_head * SIDE.head_stride + SIDE.offset + place * SIDE.row
+    codes += kv_head * SIDE.head_stride + SIDE.offset
+    row = block.to(tl.int64) * SIDE.block_stride + place * SIDE.row
     column = tl.arange(0, COLUMNS)
     pointers = codes + row[:, None] + column[None, :]
-    if MASKED or SIDE.row < COLUMNS:
-        mask = (column < SIDE.row)[None, :] & is_wanted[:, None]
-        numbers = tl.load(pointers, mask=mask, other=0)
+    if SIDE.row < COLUMNS:
+        numbers = tl.load(pointers, mask=(column < SIDE.row)[None, :] & is_wanted[:, None], other=0)
+    elif MASKED:
+        numbers = tl.load(pointers, mask=is_wanted[:, None], other=0)
     else:
         numbers = tl.load(pointers)
     if SIDE.bits == 4:

@@ -5,7 +5,7 @@ Does not know pages, block tables or the launch grid. Kernels that use it are co
 import triton
 import triton.language as tl
 
-from servd_kernels.paged_attention.triton_load import convert, load_side, locate
+from servd_kernels.paged_attention.triton_load import find_spoiled, load_side, locate
 from servd_kernels.triton_support import dot, narrow
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -18,40 +18,37 @@ def step(
     SPEC: tl.constexpr, HAS_PAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds keys begin.. begin + KEYS to a state. q [ROWS, WIDTH]; rows: position, score scale and ALiBi slope of each
-    row; reach: (first, end, sinks): the keys that any row sees. State: acc [ROWS, WIDTH], relative to 2^top [ROWS];
-    total [ROWS], the sum of weights. Unmasked: every row sees every key of the tile."""
+    row; reach: some row sees keys first to end, or sink tokens, and positions go from low to high. State: acc
+    [ROWS, WIDTH], relative to 2^top [ROWS]; total [ROWS], the sum of weights. Unmasked: every row sees all keys."""
     keys, values, params, table, pages = cache
     position, score_scale, slope = rows
-    first, end, sinks = reach
+    first, end, low, high = reach
     index = begin + tl.arange(0, SPEC.keys)
     is_wanted = index < end
     if SPEC.window > 0 and not HAS_PAGES:
-        is_wanted = is_wanted & ((index >= first) | (index < sinks))
+        is_wanted = is_wanted & ((index >= first) | (index < SPEC.sinks))
     key_position, block, place, is_wanted = locate(table, pages, index, is_wanted, SPEC, HAS_PAGES, MASKED)
     if HAS_PAGES:
         is_wanted = is_wanted & _sees(tl.max(position, 0), key_position, SPEC)  # all rows are of one query
+    if MASKED and not HAS_PAGES:
+        # Zero times what only other rows see would be NaN if that is: such values go, and their keys become NaN.
+        is_spoiled = tl.zeros([SPEC.keys], tl.int32)
+        if low < high:  # the rows of one query see the same keys, and no others are loaded
+            is_spoiled = find_spoiled(values, params, block, place, kv_head, is_wanted, SPEC, SPEC.v)
     k, key_factor = load_side(keys, params, block, place, kv_head, is_wanted, SPEC, SPEC.k, MASKED)
     scores = _scores(q, k, key_factor, score_scale, slope, position, key_position, SPEC)
     if MASKED:
         is_seen = _sees(position[:, None], key_position[None, :], SPEC) & is_wanted[None, :]
+        if not HAS_PAGES:
+            scores = tl.where((is_spoiled != 0)[None, :], float("nan"), scores)
+            is_wanted = is_wanted & (is_spoiled == 0)
         scores = tl.where(is_seen, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - base[:, None])
     keep = tl.exp2(top - base)
     v, value_factor = load_side(values, params, block, place, kv_head, is_wanted, SPEC, SPEC.v, MASKED)
-    counted = weights
-    if MASKED:
-        # Zero times what another row may see would be NaN if that is: such values go, and leave a NaN in the sums.
-        if SPEC.v.is_scaled:
-            is_spoiled = value_factor != value_factor
-            value_factor = tl.where(is_spoiled, 0.0, value_factor)
-        else:
-            wide = v.to(tl.float32)
-            is_spoiled = tl.max((tl.abs(wide) < float("inf")).to(tl.int32) ^ 1, 1) > 0
-            v = convert(tl.where(is_spoiled[:, None], 0.0, wide), SPEC.v.operand)
-        counted = tl.where(is_seen & is_spoiled[None, :], float("nan"), weights)
-    total = total * keep + tl.sum(counted, 1)
+    total = total * keep + tl.sum(weights, 1)
     if SPEC.v.is_scaled:
         weights = weights * value_factor[None, :]
     acc = dot(narrow(weights, SPEC.v.operand), v, acc * keep[:, None])

@@ -136,5 +136,6 @@ def tiles_for(arch: str, kv_format: KVFormat, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float32 or any(other != dtype for other in plain):  # no tensor cores: operands lie in registers
         return Tiles(16, 4, 16, 4, 32, 2)
     if arch in ("sm_90", "sm_100"):
-        return Tiles(64, 4, 64, 4, 32 if wide else 64, 2) if wide else Tiles(128, 8, 64, 4, 64, 3)
-    return Tiles(32, 2, 16, 1, 32, 2) if wide else Tiles(64, 4, 16, 1, 32, 2)
+        keys = 64 if arch == "sm_90" and not wide else 32
+        return Tiles(64, 4, 64, 4, keys, 2) if wide else Tiles(128, 8, 64, 4, keys, 3)
+    return Tiles(32, 2, 16, 1, 32, 2) if wide else Tiles(128, 8, 16, 1, 32, 2)

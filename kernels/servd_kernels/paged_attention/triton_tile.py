@@ -21,23 +21,22 @@ def attend_tile(
     q, out, lse, partials, stats, keys, values, params, cu_seqlens_q, seq_lens, block_tables, pages = tensors
     alibi_slopes, sink_logits = options
     q_token, q_head, table_stride, num_q_heads, max_chosen, num_spans = strides
-    begin = tl.load(cu_seqlens_q + request)
-    num_rows = (tl.load(cu_seqlens_q + request + 1) - begin) * SPEC.group
-    history = tl.load(seq_lens + request) - num_rows // SPEC.group
-    row = tile * ROWS + tl.arange(0, ROWS)
-    is_row = row < num_rows
-    token = (begin + row // SPEC.group).to(tl.int64)
-    head = kv_head * SPEC.group + row % SPEC.group
-    low = history + tile * ROWS // SPEC.group
-    high = history + (tl.minimum(tile * ROWS + ROWS, num_rows) - 1) // SPEC.group
-    position = tl.minimum(history + row // SPEC.group, high)
+    num_rows = (tl.load(cu_seqlens_q + request + 1) - tl.load(cu_seqlens_q + request)) * SPEC.group
+    low = tl.load(seq_lens + request) - num_rows // SPEC.group + tile * ROWS // SPEC.group
+    high = low + (tl.minimum(tile * ROWS + ROWS, num_rows) - 1) // SPEC.group - tile * ROWS // SPEC.group
+    first_token, query, head, is_row = locate_rows(cu_seqlens_q, request, tile, SPEC, ROWS)
+    position = tl.minimum(low + query, high)
     dim = tl.arange(0, SPEC.width)
-    mask = is_row[:, None] & (dim < SPEC.head_dim)[None, :]
-    tile_q = tl.load(q + (token * q_token + head * q_head)[:, None] + dim[None, :], mask=mask, other=0.0)
+    q_base = q + first_token * q_token + (kv_head * SPEC.group).to(tl.int64) * q_head
+    tile_q = tl.load(
+        q_base + (query * q_token + head * q_head)[:, None] + dim[None, :],
+        mask=is_row[:, None] & (dim < SPEC.head_dim)[None, :],
+        other=0.0,
+    )
     score_scale = row_scales(position, scale, SPEC)
     slope = score_scale
     if SPEC.has_alibi:
-        slope = tl.load(alibi_slopes + head, mask=is_row, other=0.0)
+        slope = tl.load(alibi_slopes + kv_head * SPEC.group + head, mask=is_row, other=0.0)
     rows = (position, score_scale, slope)
     cache = (keys, values, params, block_tables + request.to(tl.int64) * table_stride, pages)
     if HAS_PAGES:
@@ -51,11 +50,17 @@ def attend_tile(
             acc, top, total = _attend_span(
                 tile_q, rows, cache, kv_head, span, (first, end, low, high), SPEC, ROWS, HAS_PAGES
             )
-            place = (token * num_q_heads + head) * num_spans + span
-            tl.store(stats + 2 * place, top, mask=is_row)
-            tl.store(stats + 2 * place + 1, total, mask=is_row)
+            first_token, query, head, is_row = locate_rows(cu_seqlens_q, request, tile, SPEC, ROWS)
+            first_place = first_token * num_q_heads + kv_head * SPEC.group
+            place = query * num_q_heads + head
+            stats += 2 * (first_place * num_spans + span)
+            tl.store(stats + 2 * num_spans * place, top, mask=is_row)
+            tl.store(stats + 2 * num_spans * place + 1, total, mask=is_row)
+            partials += (first_place * num_spans + span) * SPEC.width
             is_used = is_row & (total != 0.0)
-            tl.store(partials + place[:, None] * SPEC.width + dim[None, :], acc, mask=is_used[:, None])
+            tl.store(
+                partials + (num_spans * SPEC.width * place)[:, None] + dim[None, :], acc, mask=is_used[:, None]
+            )
     else:
         acc = tl.zeros([ROWS, SPEC.width], tl.float32)
         top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -67,12 +72,27 @@ def attend_tile(
                 tile_q, rows, cache, kv_head, number, (first, end, low, high), SPEC, ROWS, HAS_PAGES
             )
             acc, top, total = merge(acc, top, total, span_acc, span_top, span_total)
+        first_token, query, head, is_row = locate_rows(cu_seqlens_q, request, tile, SPEC, ROWS)
+        first_place = first_token * num_q_heads + kv_head * SPEC.group
+        place = query * num_q_heads + head
         sink = slope
         if SPEC.has_sink_logits:
-            sink = tl.load(sink_logits + head, mask=is_row, other=0.0)
+            sink = tl.load(sink_logits + kv_head * SPEC.group + head, mask=is_row, other=0.0)
         result, row_lse = finish(acc, top, total, sink, SPEC)
-        place = token * num_q_heads + head
-        store_rows(out, lse, place, result, row_lse, is_row, mask, SPEC)
+        store_rows(out + first_place * SPEC.head_dim, lse + first_place, place, result, row_lse, is_row, SPEC)
+
+
+@triton.jit
+def locate_rows(cu_seqlens_q, request, tile, SPEC: tl.constexpr, ROWS: tl.constexpr):
+    """The tile's first token (int64), and of each row the query, counted from it, the head in its group, and whether the
+    request has it. The loads are volatile so that this is computed twice, before the keys and after them, and does
+    not lie in registers meanwhile; a row's own offsets are small, and the large ones scalars, to the same end."""
+    begin = tl.load(cu_seqlens_q + request, volatile=True)
+    first_row = tile * ROWS + begin * SPEC.group
+    end_row = tl.load(cu_seqlens_q + request + 1, volatile=True) * SPEC.group
+    row = first_row + tl.arange(0, ROWS)
+    first_token = first_row // SPEC.group
+    return first_token.to(tl.int64), row // SPEC.group - first_token, row % SPEC.group, row < end_row
 
 
 @triton.jit
@@ -115,7 +135,8 @@ def _attend_span(
     first, end, low, high = reach
     span_begin = span * _SPAN
     span_end = tl.minimum(end, span_begin + _SPAN)
-    wanted = (first, end, SPEC.sinks)
+    # Masked tiles are few, but for pages: loads ahead would only cost registers.
+    STAGES: tl.constexpr = None if HAS_PAGES else 1
     acc = tl.zeros([ROWS, SPEC.width], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -132,9 +153,9 @@ def _attend_span(
         sink_keys = tl.maximum(tl.minimum(SPEC.sinks, window_begin) - span_begin, 0)
         sink_tiles = (sink_keys + SPEC.keys - 1) // SPEC.keys
         edge_tiles = (whole_begin - window_begin + SPEC.keys - 1) // SPEC.keys
-        for index in range(0, sink_tiles + edge_tiles):
+        for index in tl.range(0, sink_tiles + edge_tiles, num_stages=1):
             begin = tl.where(index < sink_tiles, span_begin, window_begin - sink_tiles * SPEC.keys) + index * SPEC.keys
-            acc, top, total = step(q, rows, cache, kv_head, begin, wanted, acc, top, total, SPEC, HAS_PAGES, True)
+            acc, top, total = step(q, rows, cache, kv_head, begin, reach, acc, top, total, SPEC, HAS_PAGES, True)
         # The edge may end with the span's last keys, within a tile.
         whole_begin = window_begin + edge_tiles * SPEC.keys
         whole_end = tl.minimum((low + 1) // SPEC.keys * SPEC.keys, span_end)
@@ -142,15 +163,16 @@ def _attend_span(
         whole_end = tl.minimum((low + 1) // SPEC.keys * SPEC.keys, span_end)
     if not HAS_PAGES:
         for begin in range(whole_begin, whole_end, SPEC.keys):
-            acc, top, total = step(q, rows, cache, kv_head, begin, wanted, acc, top, total, SPEC, HAS_PAGES, False)
-    for begin in range(tl.maximum(whole_begin, whole_end), span_end, SPEC.keys):
-        acc, top, total = step(q, rows, cache, kv_head, begin, wanted, acc, top, total, SPEC, HAS_PAGES, True)
+            acc, top, total = step(q, rows, cache, kv_head, begin, reach, acc, top, total, SPEC, HAS_PAGES, False)
+    for begin in tl.range(tl.maximum(whole_begin, whole_end), span_end, SPEC.keys, num_stages=STAGES):
+        acc, top, total = step(q, rows, cache, kv_head, begin, reach, acc, top, total, SPEC, HAS_PAGES, True)
     return acc, top, total
 
 
 @triton.jit
-def store_rows(out, lse, place, result, row_lse, is_row, mask, SPEC: tl.constexpr):
+def store_rows(out, lse, place, result, row_lse, is_row, SPEC: tl.constexpr):
     """Rows at `place` (token * num_q_heads + head) of out and lse."""
     dim = tl.arange(0, SPEC.width)
+    mask = is_row[:, None] & (dim < SPEC.head_dim)[None, :]
     tl.store(out + place[:, None] * SPEC.head_dim + dim[None, :], narrow(result, out.dtype.element_ty), mask=mask)
     tl.store(lse + place, row_lse, mask=is_row)
