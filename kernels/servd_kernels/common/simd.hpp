@@ -243,12 +243,14 @@ SERVD_INLINE float max_lanes(vf v) {
 #endif
 }
 
-// e^x for x <= 0, within 2 units in the last place; exactly 0 below -87.3, where the result leaves the normal range.
-SERVD_INLINE vf vexp_nonpositive(vf x) {
+// e^x within 2 units in the last place, for x up to 88.3 and as if 88.3 above; exactly 0 below -87.3, where
+// the result leaves the normal range.
+SERVD_INLINE vf vexp(vf x) {
     const vf magic = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-    vf shifted = fma(x, broadcast(1.44269504088896341f), magic);
+    vf clamped = x > 88.3f ? broadcast(88.3f) : x;
+    vf shifted = fma(clamped, broadcast(1.44269504088896341f), magic);
     vf n = shifted - magic;
-    vf r = fma(n, broadcast(-0.693359375f), x);
+    vf r = fma(n, broadcast(-0.693359375f), clamped);
     r = fma(n, broadcast(2.12194440e-4f), r);
     vf y = broadcast(1.9875691500e-4f);
     y = fma(y, r, broadcast(1.3981999507e-3f));
@@ -260,9 +262,6 @@ SERVD_INLINE vf vexp_nonpositive(vf x) {
     vi power = ((vi)shifted - (vi)magic + 127) << 23;  // 2^n, n in [-126, 127]
     return x < -87.3f ? vf{} : y * (vf)power;
 }
-
-// The same for x up to 88.3, and as if 88.3 above.
-SERVD_INLINE vf vexp(vf x) { return vexp_nonpositive(x > 88.3f ? broadcast(88.3f) : x); }
 
 // tanh within 3 units in the last place: an odd polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel.
 SERVD_INLINE vf vtanh(vf x) {

@@ -9,7 +9,7 @@ namespace {
 constexpr int kTokens = 64;           // keys of a tile; what a row sees of it is one 64-bit mask
 constexpr int kRun = 16;              // neighbouring keys of a tile that are loaded together
 constexpr int kRuns = kTokens / kRun;
-constexpr int kSpan = 8 * kTokens;    // keys with a softmax state of their own
+constexpr int kSpan = 16 * kTokens;   // keys with a softmax state of their own
 constexpr int kRows = 96;             // query rows (token, head of the group) that share one load of the keys
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxGroups = kMaxHeadDim / 8;

@@ -27,9 +27,10 @@ void run_job(const Call& call, const Job& job, const Job* following) {
     }
     State total = State::empty(total_memory, job.unit.rows, width);
     for (int64_t span = job.first_span; span < job.last_span; ++span) {
-        State state = State::empty(span_memory, job.unit.rows, width);
+        bool is_first = span == job.first_span;  // it is the total
+        State state = is_first ? total : State::empty(span_memory, job.unit.rows, width);
         compute_span(call, job.unit, span, next, tile, state);
-        merge(total, state, job.unit.rows, width);
+        if (!is_first) merge(total, state, job.unit.rows, width);
     }
     write_rows(call, job.unit, total);
 }

@@ -65,6 +65,49 @@ SERVD_INLINE vf store_rounded(uint32_t* out, vf weight) {
 SERVD_INLINE vf store_rounded(uint32_t*, vf weight) { return weight; }
 #endif
 
+// e^x for x <= 0 within 4 units in the last place; 1 at 0.
+SERVD_INLINE vf softmax_exp(vf x) {
+    const vf magic = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+#if defined(__AVX512F__)
+    x = _mm512_max_ps(broadcast(-110.f), x);  // in this order NaN stays NaN; e^-110 is 0
+#endif
+    vf shifted = fma(x, broadcast(1.44269504088896341f), magic);
+    vf n = shifted - magic;
+    vf r = fma(n, broadcast(-0.693359375f), x);
+    r = fma(n, broadcast(2.12194440e-4f), r);
+    vf y = fma(broadcast(8.3125206490e-3f), r, broadcast(4.1890157589e-2f));
+    y = fma(y, r, broadcast(1.6667114647e-1f));
+    y = fma(y, r, broadcast(4.9999231488e-1f));
+    y = fma(y, r * r, r + 1.f);
+#if defined(__AVX512F__)
+    return _mm512_scalef_ps(y, n);
+#else
+    vi power = ((vi)shifted - (vi)magic + 127) << 23;  // 2^n, n in [-126, 0]
+    return x < -87.3f ? vf{} : y * (vf)power;
+#endif
+}
+
+// One row's scores to weights under its maximum; returns their sum in lanes. A function of its own, so that the
+// constants stay in registers.
+template <bool ROUNDED>
+__attribute__((noinline)) vf weigh(float* scores, float top, uint32_t* pairs) {
+    constexpr int kVectors = W == 4 ? 2 : 4;
+    vf sum[kVectors] = {};
+    for (int v = 0; v < kTokens; v += kVectors * W) {
+        vf weight[kVectors];
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i) weight[i] = softmax_exp(load(scores + v + i * W) - top);
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i) {
+            if (ROUNDED) weight[i] = store_rounded(pairs + (v + i * W) / 2, weight[i]);
+            else store(scores + v + i * W, weight[i]);
+            sum[i] += weight[i];
+        }
+    }
+    if (kVectors == 4) return (sum[0] + sum[1]) + (sum[2 % kVectors] + sum[3 % kVectors]);
+    return sum[0] + sum[1];
+}
+
 // Turns scores of kDotRows rows at most into weights relative to each row's new maximum, zero where not seen, and
 // adds them to its sum, kept in lanes [W]. keep: the factors for what the rows held before. ROUNDED: weights are
 // written as pairs; otherwise they replace the scores.
@@ -88,14 +131,7 @@ void soften(float* scores, const uint64_t* seen, int rows, float* top, float* la
             memset(pairs, 0, kTokens * sizeof(uint16_t));
             continue;
         }
-        vf sum = load(lanes + r * W) * keep[r];
-        for (int v = 0; v < kTokens; v += W) {
-            vf weight = vexp_nonpositive(load(p + v) - top[r]);
-            if (ROUNDED) weight = store_rounded(pairs + v / 2, weight);
-            else store(p + v, weight);
-            sum += weight;
-        }
-        store(lanes + r * W, sum);
+        store(lanes + r * W, fma(load(lanes + r * W), broadcast(keep[r]), weigh<ROUNDED>(p, top[r], pairs)));
     }
 }
 

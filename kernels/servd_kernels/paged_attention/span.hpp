@@ -10,9 +10,7 @@
 namespace SERVD_ISA {
 namespace {
 
-// Units of so few rows wait for memory: the next tile is asked for while one is computed, a line here and there,
-// since a burst of requests would fill the processor's miss buffers and hold it up.
-constexpr int kPrefetchRows = 24;
+constexpr int kAheadRows = 24;  // units of so few rows wait for memory: the next tile is asked for meanwhile
 constexpr int kMaxSumsWidth = kMaxHeadDim + 16;
 constexpr int kStateFloats = kRows * (kMaxSumsWidth + 2);
 
@@ -30,15 +28,41 @@ inline void load_rows(const Call& call, const Unit& unit, Tile& tile) {
     for (int r = 0; r < unit.rows; ++r) tile.positions[r] = unit.first_position + (skipped + r) / group;
 }
 
-// The tile at `place`, whose keys and values are loaded.
-inline void compute_tile(const Call& call, const Place& place, Tile& tile, const State& state) {
+// The steps of a tile's products for kDotRows rows.
+inline int64_t product_steps(const Call& call) {
+    int64_t dim = call.format->head_dim, width = padded_width(dim);
+    int64_t values = has_minima(call) ? dim / kPairGroup : (width + kDotVectors * W - 1) / (kDotVectors * W);
+    int64_t key_steps = arithmetic_of(call, call.format->k.code) == kFloats ? dim : dim / 2;
+    int64_t value_steps = value_arithmetic(call) == kFloats ? kTokens : kTokens / 2;
+    return key_steps * (kTokens / (kDotVectors * W)) + value_steps * values;
+}
+
+// The blocks of the tile at `next`, spread over the products of the tile before. They lie all over memory: what the
+// processor foresees by itself ends with each. Null if there is no such tile, or its tokens lie scattered in blocks.
+inline Ahead* look_ahead(const Call& call, const Place& next, Ahead& ahead) {
+    const Format& format = *call.format;
+    int64_t size = format.block_size;
+    if (!next.seen || size > kTokens || kTokens % size || size % kRun) return nullptr;
+    int64_t bytes = format.head_bytes * kRun / size;  // of one lane: a block, half a block, ...
+    const char* any = head_of(call, next.unit, next.t + __builtin_ctzll(next.seen));
+    for (int i = 0; i < kAheadLanes; ++i) {
+        int64_t block = i * kRun / size * size, part = i * kRun % size / kRun;
+        bool is_seen = bits_between(block, block + size, 0) & next.seen;
+        ahead.lanes[i] = (is_seen ? head_of(call, next.unit, next.t + block) : any) + part * bytes;
+    }
+    ahead.stride = (bytes + product_steps(call) - 1) / product_steps(call);
+    return &ahead;
+}
+
+// The tile at `place`, whose keys and values are loaded; meanwhile `ahead` is asked for if not null.
+inline void compute_tile(const Call& call, const Place& place, Ahead* ahead, Tile& tile, const State& state) {
     const Unit& unit = place.unit;
     int64_t t = place.t;
     int64_t width = sums_width(call), group = call.group();
     bool has_options = call.alibi_slopes || call.softcap > 0;
     alignas(64) float scores[kDotRows * kTokens];
     Weights weights;
-    for (int row = 0; row < unit.rows; row += kDotRows) {
+    for (int row = 0; row < unit.rows; row += kDotRows, ahead = nullptr) {
         int rows = lesser(kDotRows, unit.rows - row);
         uint64_t seen[kDotRows], any = 0;
         float keep[kDotRows], *top = state.top + row, *lanes = tile.lanes + row * W;
@@ -47,14 +71,14 @@ inline void compute_tile(const Call& call, const Place& place, Tile& tile, const
             any |= seen[r] = seen_by(call, position, position, t) & place.seen;
         }
         if (!any) continue;
-        score_rows(call, tile.queries, tile.keys, row, rows, kTokens - __builtin_clzll(any), scores);
+        score_rows(call, tile.queries, tile.keys, row, rows, kTokens - __builtin_clzll(any), ahead, scores);
         for (int r = 0; has_options && r < rows; ++r) {
             int64_t head = unit.kv_head * group + (unit.first_row + row + r) % group;
             apply_options(call, head, tile.positions[row + r], t, scores + r * kTokens);
         }
         if (are_softened_pairs(call)) soften<true>(scores, seen, rows, top, lanes, keep, weights);
         else soften<false>(scores, seen, rows, top, lanes, keep, weights);
-        add_values(call, tile.values, scores, seen, rows, keep, weights, state.sums + row * width);
+        add_values(call, tile.values, scores, seen, rows, keep, weights, ahead, state.sums + row * width);
     }
 }
 
@@ -66,45 +90,54 @@ inline void compute_span(const Call& call, const Unit& unit, int64_t span, const
     Place place = find_tile(call, unit, span * kSpan, end);
     memset(tile.lanes, 0, unit.rows * W * sizeof(float));
     while (place.t < end) {
-        Place next = find_tile(call, unit, place.t + kTokens, last), ahead = next;
-        if (!next.seen && following) ahead = find_tile(call, *following, 0, reach(call, *following).end);
-        if (unit.rows > kPrefetchRows) ahead.seen = 0;
-        load_keys(call, place, ahead, tile.keys);
-        load_values(call, place, ahead, tile.values);
-        compute_tile(call, place, tile, state);
+        Place next = find_tile(call, unit, place.t + kTokens, last), later = next;
+        if (!next.seen && following) later = find_tile(call, *following, 0, reach(call, *following).end);
+        Ahead ahead;
+        load_keys(call, place, tile.keys);
+        load_values(call, place, tile.values);
+        compute_tile(call, place, unit.rows > kAheadRows ? nullptr : look_ahead(call, later, ahead), tile, state);
         place = next;
     }
     for (int r = 0; r < unit.rows; ++r) state.sum[r] = sum_lanes(load(tile.lanes + r * W));
 }
 
-// In place; the same as kv_format.hadamard.
+// In place, x [dim] padded to whole vectors; the same as kv_format.hadamard.
 inline void hadamard(float* x, int64_t dim) {
     int64_t width = dim & -dim;
-    for (int64_t step = 1; step < width; step *= 2) {
-        for (int64_t i = 0; i < dim; i += 2 * step) {
-            for (int64_t k = i; k < i + step; ++k) {
-                float first = x[k], second = x[k + step];
-                x[k] = first + second;
-                x[k + step] = first - second;
-            }
+    vi lane;
+    for (int i = 0; i < W; ++i) lane[i] = i;
+    for (int step = 1; step < lesser(int64_t(W), width); step *= 2) {
+        vf sign = (lane & step) != 0 ? broadcast(-1.f) : broadcast(1.f);
+        for (int64_t d = 0; d < dim; d += W) {
+            vf row = load(x + d);
+            store(x + d, row * sign + __builtin_shuffle(row, lane ^ step));
         }
     }
-    float scale = 1.f / __builtin_sqrtf(float(width));
-    for (int64_t i = 0; i < dim; ++i) x[i] *= scale;
+    for (int64_t step = W; step < width; step *= 2) {
+        for (int64_t d = 0; d < dim; d += W) {
+            if (d & step) continue;
+            vf first = load(x + d), second = load(x + d + step);
+            store(x + d, first + second);
+            store(x + d + step, first - second);
+        }
+    }
+    vf scale = broadcast(1.f / __builtin_sqrtf(float(width)));
+    for (int64_t d = 0; d < dim; d += W) store(x + d, load(x + d) * scale);
 }
 
-// out [head_dim] from the sums of one row; stored order and rotation undone.
+// out [head_dim], padded to whole vectors, from the sums of one row; stored order and rotation undone.
 inline void finish_row(const Call& call, const float* sums, float sum, float* out) {
-    const Format& format = *call.format;
-    float inverse_of = sum > 0 || sum != sum ? sum : 1.f;  // a row that sees no key is zero
-    for (int64_t d = 0; d < format.head_dim; ++d) {
-        int64_t column = d, in_group = d % kPairGroup;
-        if (has_minima(call)) column = d - in_group + in_group % 2 * (kPairGroup / 2) + in_group / 2;
-        float value = sums[column];
-        if (has_minima(call)) value += sums[format.head_dim + d / kPairGroup];
-        out[d] = value / inverse_of;
+    int64_t dim = call.format->head_dim;
+    vf divisor = broadcast(sum == 0.f ? 1.f : sum);  // a row that sees no key is zero
+    if (has_minima(call)) {
+        for (int64_t d = 0; d < dim; ++d) {
+            int64_t in_group = d % kPairGroup;
+            out[d] = sums[d - in_group + in_group % 2 * (kPairGroup / 2) + in_group / 2] + sums[dim + d / kPairGroup];
+        }
+        sums = out;
     }
-    if (format.v.code == kCodeInt4) hadamard(out, format.head_dim);
+    for (int64_t d = 0; d < dim; d += W) store(out + d, load(sums + d) / divisor);
+    if (call.format->v.code == kCodeInt4) hadamard(out, dim);
 }
 
 inline void write_rows(const Call& call, const Unit& unit, const State& state) {
