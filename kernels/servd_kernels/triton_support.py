@@ -123,10 +123,9 @@ def encode_e4m3(x):
 
 
 @triton.jit
-def abs_max(x, axis: tl.constexpr):
-    """The largest size along an axis. Compared as integers, where NaN is above infinity, so that it is not lost."""
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.max(bits, axis).to(tl.float32, bitcast=True)
+def size_bits(x):
+    """|x| of float32 as integers, in which a maximum does not lose NaN: it is above infinity."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit

@@ -26,7 +26,7 @@ def rows_of(op: str, rows: int, width: int, dtype: torch.dtype = torch.float32) 
 
 @pytest.mark.parametrize("out_dtype", LIMITS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (5, 1536), (9, 130), (0, 8)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (5, 1536), (9, 130), (0, 8), (2, 4200)])
 @pytest.mark.parametrize("op", OPS)
 def test_codes_are_those_of_the_rounded_values(
     backend: str, op: str, rows: int, width: int, dtype: torch.dtype, out_dtype: torch.dtype

@@ -56,7 +56,7 @@ def test_normal_distribution_everywhere(backend: str) -> None:
     assert_close(out, expected(x, "none"), "elementwise")
     near = x.abs() < 4
     relative = (out.double() - expected(x, "none")).abs() / expected(x, "none").abs().clamp(min=1e-30)
-    limit = 2e-6 if backend == "cpu" else 2e-2  # 1 + erf cancels in float32
+    limit = 5e-6 if backend == "cpu" else 2e-2  # 1 + erf cancels in float32
     assert relative[near].max() < limit
 
 

@@ -17,12 +17,14 @@ _SHAPES = {
 
 def cases(op: Op, device: str, is_gated: bool, theirs: Callable[..., object], **options: Any) -> list[Case]:
     """Of an op; `theirs(first)` or, gated, `theirs(first, second)` is torch's."""
-    dtypes = (torch.float32, torch.bfloat16) if device == "cpu" else (torch.bfloat16,)
-    outputs: tuple[torch.dtype | None, ...] = (None, torch.int8, torch.float8_e4m3fn)
+    outputs: list[tuple[torch.dtype, torch.dtype | None]] = [
+        (torch.bfloat16, out_dtype) for out_dtype in (None, torch.int8, torch.float8_e4m3fn)
+    ]
+    if device == "cpu":
+        outputs.insert(0, (torch.float32, None))
     return [
         _case(op, device, rows, width, dtype, out_dtype, is_gated, theirs, options)
-        for dtype in dtypes
-        for out_dtype in outputs
+        for dtype, out_dtype in outputs
         for rows, width in _SHAPES[device]
     ]
 

@@ -11,26 +11,21 @@ from servd_kernels.activation import LIMITS, as_rows
 from servd_kernels.triton_support import (
     POINTERS,
     CompileCase,
-    abs_max,
     encode_e4m3,
     narrow,
     round_even,
+    size_bits,
     unsupported,
 )
 
 SILU, GELU_ERF, GELU_TANH = 0, 1, 2
 GELU_FORMS = {"none": GELU_ERF, "tanh": GELU_TANH}
-MAX_QUANTIZED_WIDTH = 32768  # a row must fit the registers of one program
 _SPAN = 1024  # columns of one program where rows are not quantized
 
 _SILU, _GELU_ERF = tl.constexpr(SILU), tl.constexpr(GELU_ERF)
 
 
-def supports(
-    device: str, dtype: torch.dtype, width: int = 1, out_dtype: torch.dtype | None = None, **axes: object
-) -> str | None:
-    if out_dtype is not None and width > MAX_QUANTIZED_WIDTH:
-        return f"width must be at most {MAX_QUANTIZED_WIDTH} for {out_dtype} output, not {width}"
+def supports(device: str, dtype: torch.dtype, **axes: object) -> str | None:
     return unsupported(device, dtype)
 
 
@@ -71,22 +66,31 @@ def _to_codes(
     KIND: tl.constexpr, IS_GATED: tl.constexpr, IS_INT8: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    mask = column < width
-    result = _activate(x + row * row_stride, width, column, mask, KIND, IS_GATED)
-    most = abs_max(result, 0)
+    most_bits = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        result = _activate(x + row * row_stride, width, column, column < width, KIND, IS_GATED)
+        most_bits = tl.maximum(most_bits, size_bits(result))
+    most = tl.max(most_bits, 0).to(tl.float32, bitcast=True)
     tl.store(scales + row, tl.div_rn(most, limit))
-    ratio = result * tl.div_rn(limit, tl.where(most == 0.0, 1.0, most))
-    ratio = tl.where(ratio == ratio, tl.minimum(tl.maximum(ratio, -limit), limit), 0.0)
-    if IS_INT8:
-        code = round_even(ratio).to(tl.int8).to(tl.uint8, bitcast=True)
-    else:
-        code = encode_e4m3(ratio)
-    tl.store(codes + row * width + column, code, mask=mask)
+    inverse = tl.div_rn(limit, tl.where(most == 0.0, 1.0, most))
+    # Computed again, from a row that is in the cache now: a wide one would not fit the registers of one program.
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        mask = column < width
+        ratio = _activate(x + row * row_stride, width, column, mask, KIND, IS_GATED) * inverse
+        ratio = tl.where(ratio == ratio, tl.minimum(tl.maximum(ratio, -limit), limit), 0.0)
+        if IS_INT8:
+            code = round_even(ratio).to(tl.int8).to(tl.uint8, bitcast=True)
+        else:
+            code = encode_e4m3(ratio)
+        tl.store(codes + row * width + column, code, mask=mask)
 
 
-def _quantized_warps(block: int) -> int:
-    return min(16, max(2, block // 1024))
+def _code_tile(width: int) -> tuple[int, int]:
+    """(columns, warps) of a program that gives codes."""
+    block = min(4096, triton.next_power_of_2(width))
+    return block, max(2, block // 512)
 
 
 def launch(
@@ -103,11 +107,11 @@ def launch(
         return out
     scales = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if out.numel():
-        block = triton.next_power_of_2(width)
+        block, num_warps = _code_tile(width)
         _to_codes[(len(rows),)](
             rows, out.view(torch.uint8), scales, rows.stride(0), width, LIMITS[out_dtype],
             KIND=kind, IS_GATED=is_gated, IS_INT8=out_dtype == torch.int8, BLOCK=block,
-            num_warps=_quantized_warps(block),
+            num_warps=num_warps,
         )  # fmt: skip
     return out, scales
 
@@ -126,7 +130,7 @@ def cases(forms: dict[str, int], is_gated: bool) -> Iterator[CompileCase]:
         )
         for width in (1536, 14336):
             for out_dtype in LIMITS:
-                block = triton.next_power_of_2(width)
+                block, num_warps = _code_tile(width)
                 yield CompileCase(
                     name=f"width {width}{form} to {str(out_dtype).removeprefix('torch.')}",
                     kernel=_to_codes,
@@ -134,5 +138,5 @@ def cases(forms: dict[str, int], is_gated: bool) -> Iterator[CompileCase]:
                     | {"row_stride": "i32", "width": "i32", "limit": "fp32"},
                     constants=constants | {"IS_INT8": out_dtype == torch.int8, "BLOCK": block},
                     aligned=("x", "codes", "scales", "row_stride", "width"),
-                    num_warps=_quantized_warps(block),
+                    num_warps=num_warps,
                 )

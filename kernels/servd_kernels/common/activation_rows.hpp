@@ -42,7 +42,7 @@ void activate_to_floats(const ActivationCall& call, F f) {
         const T* x = static_cast<const T*>(call.x) + row * call.row_stride + start;
         T* out = static_cast<T*>(call.out) + row * call.width + start;
         int64_t count = lesser(kActivationSpan, call.width - start);
-        activate_row<GATED>(x, call.width, count, f, [&](int64_t i, int64_t n, vf value) {
+        activate_row<GATED>(x, call.width, count, f, [&](int64_t i, int64_t n, vf value) SERVD_MEMBER {
             if (n == W) store(out + i, value);
             else store_n(out + i, value, n);
         });
@@ -56,7 +56,7 @@ void activate_to_codes(const ActivationCall& call, F f) {
         uint8_t* out = static_cast<uint8_t*>(call.out) + row * call.width;
         Scratch<float> values(call.width + W);
         AbsMax most;
-        activate_row<GATED>(x, call.width, call.width, f, [&](int64_t i, int64_t, vf value) {
+        activate_row<GATED>(x, call.width, call.width, f, [&](int64_t i, int64_t, vf value) SERVD_MEMBER {
             store(values.data + i, value);  // beyond the row f(0), which is 0
             most.add(value);
         });

@@ -10,7 +10,7 @@ enum RowCode { kNoCode = 0, kInt8 = 1, kE4M3 = 2 };
 // The largest size seen. Compared as integers, where NaN is above infinity, so that it is not lost.
 struct AbsMax {
     vi bits = {};
-    __attribute__((always_inline)) void add(vf v) {
+    SERVD_MEMBER void add(vf v) {
         vi size = (vi)v & 0x7fffffff;
         bits = size > bits ? size : bits;
     }

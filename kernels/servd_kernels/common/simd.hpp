@@ -15,7 +15,7 @@
 #define SERVD_EXPORT(name) \
     extern "C" __attribute__((visibility("default"))) int SERVD_JOIN(servd_, SERVD_ISA, name)
 #define SERVD_INLINE static inline __attribute__((always_inline))
-#define SERVD_MEMBER __attribute__((always_inline))  // a function inside a class
+#define SERVD_MEMBER __attribute__((always_inline))  // a function inside a class, or a lambda
 
 namespace SERVD_ISA {
 
@@ -165,7 +165,12 @@ SERVD_INLINE uint16_t float_to_half(float value) {
 SERVD_INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 
 SERVD_INLINE void store(bf16* p, vf v) {
-    // Not vcvtneps2bf16: it flushes subnormals, which torch keeps.
+#if defined(__AVX512BF16__)
+    if (__builtin_expect(_mm512_fpclass_ps_mask(v, 0x20) == 0, 1)) {  // no subnormals: the instruction flushes them
+        _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v));
+        return;
+    }
+#endif
     vu u = (vu)v;
     vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     vu quiet_nan = (u >> 16) | 0x40;

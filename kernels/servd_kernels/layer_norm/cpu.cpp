@@ -7,11 +7,13 @@ namespace {
 
 template <class T>
 void normalise(const NormRow<T>& row, const T* weight, const T* bias, int64_t hidden, float eps) {
-    float total = sum_row(hidden, [&](int64_t i, int64_t n, vf sum) { return sum + row.first(i, n); });
+    float total = sum_row(hidden, [&](int64_t i, int64_t n, vf sum) SERVD_MEMBER {
+        return sum + row.first(i, n);
+    });
     vf mean = broadcast(total / float(hidden));
     const T* values = row.values();
     // A pass of its own, over values still in the cache: the mean of squares less the square of the mean cancels.
-    float squares = sum_row(hidden, [&](int64_t i, int64_t n, vf sum) {
+    float squares = sum_row(hidden, [&](int64_t i, int64_t n, vf sum) SERVD_MEMBER {
         if (n >= W) {
             vf d = load(values + i) - mean;
             return fma(d, d, sum);
@@ -23,11 +25,11 @@ void normalise(const NormRow<T>& row, const T* weight, const T* bias, int64_t hi
         return fma(d, d, sum);
     });
     vf scale = broadcast(1.f / __builtin_sqrtf(squares / float(hidden) + eps));
-    for (int64_t i = 0; i < hidden; i += W) {
-        int64_t n = hidden - i;
+    walk_row(hidden, [&](int64_t i, int64_t n) SERVD_MEMBER {
+        row.prefetch(i);
         vf shift = bias ? load_part(bias + i, n) : vf{};
         store_part(row.out + i, fma((load_part(values + i, n) - mean) * scale, load_part(weight + i, n), shift), n);
-    }
+    });
 }
 
 }  // namespace

@@ -7,16 +7,16 @@ namespace {
 
 template <class T>
 void normalise(const NormRow<T>& row, const T* weight, int64_t hidden, float eps) {
-    float squares = sum_row(hidden, [&](int64_t i, int64_t n, vf sum) {
+    float squares = sum_row(hidden, [&](int64_t i, int64_t n, vf sum) SERVD_MEMBER {
         vf v = row.first(i, n);
         return fma(v, v, sum);
     });
     vf scale = broadcast(1.f / __builtin_sqrtf(squares / float(hidden) + eps));
     const T* values = row.values();
-    for (int64_t i = 0; i < hidden; i += W) {
-        int64_t n = hidden - i;
+    walk_row(hidden, [&](int64_t i, int64_t n) SERVD_MEMBER {
+        row.prefetch(i);
         store_part(row.out + i, load_part(values + i, n) * scale * load_part(weight + i, n), n);
-    }
+    });
 }
 
 }  // namespace
