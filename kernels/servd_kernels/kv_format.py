@@ -262,7 +262,7 @@ def _encode_int4(x: Tensor, code: KVCode) -> tuple[Tensor, Tensor]:
     scale, minimum = (high - low) / 15, low
     for fit in range(FIT_PASSES + 1):
         params = torch.cat([scale, minimum], -1).half()
-        stored_scale, stored_minimum = params.float().split(1, -1)
+        stored_scale, stored_minimum = torch.split(params.float(), 1, -1)
         numbers = _scaled(groups - stored_minimum, stored_scale).round().clamp(0, 15).nan_to_num()
         error = (numbers * stored_scale + stored_minimum - groups).square().sum(-1, keepdim=True)
         if fit == 0:

@@ -36,7 +36,7 @@ class Forward(Protocol):
 
 @torch.inference_mode()
 def observe_keys(model: Forward, attentions: Sequence[Attention], formats: Sequence[KVFormat], group: int) -> None:
-    """Run the model once over its bound, unquantized `formats`, and order each attention's keys for groups of `group`."""
+    """Run the model once over its bound, unquantized `formats`; order each attention's keys for groups of `group`."""
     device, size = model.device, formats[0].block_size
     count = min(NUM_TOKENS, model.max_position_embeddings)
     num_blocks = -(-count // size)

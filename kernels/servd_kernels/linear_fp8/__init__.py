@@ -53,7 +53,8 @@ def linear_fp8(
 
     x is float32, bfloat16 or float16; or, where the weight was packed for "fp8" activations, float8_e4m3fn codes with
     x_scales float32 [num_rows]. Sums in float32 in one order, then times the scales, plus bias, through the
-    activation (silu, gelu, gelu_tanh or none), rounded once to out_dtype: x's by default, float32 where x is codes. Raises ValueError for shapes or dtypes that do not fit.
+    activation (silu, gelu, gelu_tanh or none), rounded once to out_dtype: x's by default, float32 where x is codes.
+    Raises ValueError for shapes or dtypes that do not fit.
     """
     if x.dim() != 2 or x.shape[1] != packed.in_features:
         raise ValueError(f"x must be [num_rows, {packed.in_features}], not {list(x.shape)}")

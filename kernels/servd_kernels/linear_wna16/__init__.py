@@ -55,7 +55,8 @@ def linear_wna16(
     """x [num_rows, in_features] float32, bfloat16 or float16, bias [out_features] -> [num_rows, out_features].
 
     Sums in float32, group by group in ascending order whatever num_rows; codes are never rounded to x's dtype.
-    The activation (silu, gelu, gelu_tanh or none) follows the bias. Rounds once, to out_dtype: x's by default. Raises ValueError for shapes or dtypes that do not fit.
+    The activation (silu, gelu, gelu_tanh or none) follows the bias. Rounds once, to out_dtype: x's by
+    default. Raises ValueError for shapes or dtypes that do not fit.
     """
     if x.dim() != 2 or x.shape[1] != packed.in_features:
         raise ValueError(f"x must be [num_rows, {packed.in_features}], not {list(x.shape)}")

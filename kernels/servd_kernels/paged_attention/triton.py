@@ -73,7 +73,7 @@ def _decode_kernel(
     num_queries = tl.load(cu_seqlens_q + request + 1) - tl.load(cu_seqlens_q + request)
     num_tiles = (num_queries * SPEC.group + ROWS - 1) // ROWS
     num_tiles = tl.where(num_queries * SPEC.group > short_rows, 0, num_tiles)
-    for tile in range(0, num_tiles):
+    for tile in range(num_tiles):
         attend_tile(
             (q, out, lse, partials, stats, keys, values, params, cu_seqlens_q, seq_lens, block_tables, pages),
             (alibi_slopes, sink_logits),
@@ -95,7 +95,7 @@ def _merge_kernel(
     num_queries = tl.where(num_queries * SPEC.group > short_rows, 0, num_queries)
     one = tl.arange(0, 1)
     dim = tl.arange(0, SPEC.width)
-    for query in range(0, num_queries):
+    for query in range(num_queries):
         place = (begin + query).to(tl.int64) * num_q_heads + head + one
         first, end = seen_range(history + query, history + query, SPEC)
         if HAS_PAGES:

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Owns the Triton device function that attends one tile of query rows: its rows, the spans and tiles of keys it runs.
 Does not know which tile a program has (triton.py) or what a tile of keys does to a row (triton_softmax.py)."""
 
@@ -66,7 +67,7 @@ def attend_tile(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         sink_spans, first_span, last_span = span_range(first, end, SPEC)
-        for index in range(0, sink_spans + last_span - first_span):
+        for index in range(sink_spans + last_span - first_span):
             number = tl.where(index < sink_spans, index, index - sink_spans + first_span)
             span_acc, span_top, span_total = _attend_span(
                 tile_q, rows, cache, kv_head, number, (first, end, low, high), SPEC, ROWS, HAS_PAGES
@@ -84,8 +85,8 @@ def attend_tile(
 
 @triton.jit
 def locate_rows(cu_seqlens_q, request, tile, SPEC: tl.constexpr, ROWS: tl.constexpr):
-    """The tile's first token (int64), and of each row the query, counted from it, the head in its group, and whether the
-    request has it. The loads are volatile so that this is computed twice, before the keys and after them, and does
+    """The tile's first token (int64), and of each row the query, counted from it, the head in its group, and whether
+    the request has it. The loads are volatile so that this is computed twice, before the keys and after them, and does
     not lie in registers meanwhile; a row's own offsets are small, and the large ones scalars, to the same end."""
     begin = tl.load(cu_seqlens_q + request, volatile=True)
     first_row = tile * ROWS + begin * SPEC.group

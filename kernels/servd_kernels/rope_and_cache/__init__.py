@@ -31,8 +31,8 @@ def rope_and_cache(
     rotary_dim on pass through. kv_cache [num_blocks, block_bytes] of kv_format: each token's k and v are rounded to
     their dtype, transformed where the code is rotated (q too, if keys are: dot products stay the same), encoded, and
     stored with their scales, by their own numbers alone. key_order [num_kv_heads, head_dim] int32, for rotated keys:
-    dimension i of a head is its dimension key_order[i] before the transform (see servd_kernels.key_order). Raises ValueError for shapes, dtypes, positions or slots that
-    do not fit.
+    dimension i of a head is its dimension key_order[i] before the transform (see servd_kernels.key_order). Raises
+    ValueError for shapes, dtypes, positions or slots that do not fit.
     """
     tokens, _, head_dim = q.shape
     kv_format.check(kv_cache)

@@ -173,6 +173,6 @@ def compile_cases() -> Iterator[CompileCase]:
                 | {"positions": "*i64", "cos_sin": "*fp32", "slots": "*i64", "cache": "*u8", "key_order": "*i32"}
                 | dict.fromkeys(("q_heads", "kv_heads", *bytes_and_strides.split()), "i32"),
                 constants=_constants(kv_format, head_dim, False, kv_format.k.code.is_rotated),
-                aligned=("q", "k", "v", "positions", "cos_sin", "slots", "cache", "key_order", *bytes_and_strides.split()),
+                aligned=(*"q k v positions cos_sin slots cache key_order".split(), *bytes_and_strides.split()),
                 num_warps=1,
             )
