@@ -84,9 +84,11 @@ class Op:
         )
 
     def _candidates(self, device: str) -> list[str]:
-        """For the automatic choice. Triton on a CPU is its interpreter: for tests, when asked by name."""
-        is_cpu = torch.device(device).type == "cpu"
-        return [name for name in self.backends() if not (is_cpu and name == "triton")]
+        """For the automatic choice. On a CPU our own kernels beat the vendor's, and Triton is only interpreted there:
+        for tests, when asked by name."""
+        if torch.device(device).type != "cpu":
+            return self.backends()
+        return [name for name in ("cpu", "library", "reference") if name in self.backends()]
 
     def _module(self, backend: str) -> Any:
         return importlib.import_module(f"servd_kernels.{self.name}.{backend}")

@@ -24,6 +24,7 @@ class LayerContext:
     device: torch.device
     group: TPGroup
     quant_method: type[QuantMethod]  # the weight format of linear layers
+    deterministic: bool = True  # no routine whose bits depend on the batch
 
 
 @dataclass(frozen=True, slots=True)

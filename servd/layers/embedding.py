@@ -75,7 +75,8 @@ class LMHead(Layer):
         self._vocab_size = vocab_size
         self._tied = tied_to is not None
         self._rows: VocabEmbedding | None = tied_to or VocabEmbedding(context, name, vocab_size, hidden_size)
-        self._linear = cast(linear.BoundLinear, linear.OP.bind(device=context.device.type, dtype=context.dtype))
+        bound = linear.OP.bind(device=context.device.type, dtype=context.dtype, deterministic=context.deterministic)
+        self._linear = cast(linear.BoundLinear, bound)
 
     def weight_slots(self) -> dict[str, WeightSlot]:
         assert self._rows is not None, "loaded after finish_loading"

@@ -41,7 +41,7 @@ class ReplicatedLinear(Layer):
         self._in_features = in_features
         self._kept_inputs = kept_inputs
         self.out_features = sum(part.kept.stop - part.kept.start for part in parts)  # of this rank, fused
-        self._quant = context.quant_method(context.dtype, context.device)
+        self._quant = context.quant_method(context.dtype, context.device, context.deterministic)
         self._quant.create_weights(self.out_features, len(range(in_features)[kept_inputs]))
         self._bias = torch.empty(self.out_features, dtype=context.dtype, device=context.device) if bias else None
 

@@ -33,11 +33,18 @@ _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 
 
 def load_model(
-    files: ModelFiles, *, dtype: str, device: str, group: TPGroup | None = None, progress: Progress | None = None
+    files: ModelFiles,
+    *,
+    dtype: str,
+    device: str,
+    group: TPGroup | None = None,
+    deterministic: bool = True,
+    progress: Progress | None = None,
 ) -> Model:
     """Build the model that config.json names, and load this rank's part of its weights.
 
     `dtype`: float32, bfloat16, float16, or auto (the checkpoint's own; bfloat16 for quantized GGUF).
+    `deterministic`: a request's bits do not depend on the batch; otherwise a library's routines may serve.
     `progress("loading weights", tensors done, tensors in all)` is called after every tensor.
     Raises ConfigError naming the field, file or tensor that is wrong.
     """
@@ -49,6 +56,7 @@ def load_model(
         device=torch.device(device),
         group=group or TPGroup.single(),
         quant_method=_quant_method(config),
+        deterministic=deterministic,
     )
     model = model_class(config, context)
     _load_weights(model, weight_files, progress)

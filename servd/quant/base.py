@@ -29,9 +29,11 @@ class QuantMethod(ABC):
     Order of calls: `create_weights`, `load_shard` for every tensor of every part, `finish_loading`, then `apply`.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, deterministic: bool) -> None:
+        """`deterministic`: only kernels whose bits do not depend on the batch."""
         self.dtype = dtype
         self.device = device
+        self.deterministic = deterministic
 
     @abstractmethod
     def create_weights(self, out_features: int, in_features: int) -> None:
@@ -53,7 +55,7 @@ class QuantMethod(ABC):
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [num_tokens, in_features] times the matrix, plus bias [out_features] → [num_tokens, out_features].
 
-        A row of the result depends on that row of x alone, to the bit.
+        A row of the result depends on that row of x alone, to the bit, where the layer is deterministic.
         """
 
 

@@ -18,9 +18,10 @@ from servd.quant.base import QUANT_METHODS, QuantMethod, Shard
 class DenseWeights(QuantMethod):
     """One tensor `weight` a part; any floating dtype on disk is cast to the compute dtype."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(dtype, device)
-        self._linear = cast(linear.BoundLinear, linear.OP.bind(device=device.type, dtype=dtype))
+    def __init__(self, dtype: torch.dtype, device: torch.device, deterministic: bool) -> None:
+        super().__init__(dtype, device, deterministic)
+        bound = linear.OP.bind(device=device.type, dtype=dtype, deterministic=deterministic)
+        self._linear = cast(linear.BoundLinear, bound)
         self._weight: Tensor | None = None  # [out_features, in_features] until it is packed
 
     def create_weights(self, out_features: int, in_features: int) -> None:

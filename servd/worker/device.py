@@ -25,7 +25,13 @@ def load_on_device(config: EngineConfig, files: ModelFiles, progress: Progress |
     device = choose_device(config.model.device)
     if device.type == "cpu":
         set_threads(config.parallel.threads)
-    model = load_model(files, dtype=config.model.dtype, device=str(device), progress=progress)
+    model = load_model(
+        files,
+        dtype=config.model.dtype,
+        device=str(device),
+        deterministic=config.model.deterministic,
+        progress=progress,
+    )
     if device.type == "cpu" and native.library() is not None:
         # Steps compute in the native kernels' threads. A second pool that spins on the same cores between torch's
         # few small operations would only take them away.

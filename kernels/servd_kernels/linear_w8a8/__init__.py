@@ -58,7 +58,8 @@ def linear_w8a8(
     int8 codes, with x_scales float32 [num_rows], or [num_rows, num_groups] where the weight was packed for groups.
     Sums over whole rows are exact integers; sums of groups are added in float32 in ascending order. Then
     activation(sum * x_scale * weight_scale + bias) (silu, gelu, gelu_tanh or none), rounded once to
-    out_dtype: x's by default, float32 where x is codes. A row with NaN or infinity comes out as NaN. Raises ValueError for shapes or dtypes that do not fit.
+    out_dtype: x's by default, float32 where x is codes. A row with NaN or infinity comes out as NaN.
+    Raises ValueError for shapes or dtypes that do not fit.
     """
     if x.dim() != 2 or x.shape[1] != packed.in_features:
         raise ValueError(f"x must be [num_rows, {packed.in_features}], not {list(x.shape)}")

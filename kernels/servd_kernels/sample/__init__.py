@@ -23,8 +23,8 @@ def sample(logits: torch.Tensor, params: SampleParams, backend: str | None = Non
     Log-probabilities (nats) and ranks are those of the raw logits.
 
     A row's answer depends on that row alone, bit for bit; backends may differ from each other in the last bits of sums
-    (float64 on CPU, float32 in a fixed order on a GPU). A row with NaN, with +inf, without a finite logit, or with a
-    token id out of the vocabulary has a failure code and no token. Raises ValueError, naming the field, for shapes,
+    (the reference's are float64; native ones are float32 within blocks of 64 tokens, in one order). A row with NaN, with
+    +inf, without a finite logit, or with a token id out of the vocabulary has a failure code and no token. Raises ValueError, naming the field, for shapes,
     dtypes or devices that do not fit.
     """
     if logits.dim() != 2 or logits.dtype != torch.float32 or logits.shape[1] == 0:
