@@ -23,9 +23,9 @@ def sample(logits: torch.Tensor, params: SampleParams, backend: str | None = Non
     Log-probabilities (nats) and ranks are those of the raw logits.
 
     A row's answer depends on that row alone, bit for bit; backends may differ from each other in the last bits of sums
-    (the reference's are float64; native ones are float32 within blocks of 64 tokens, in one order). A row with NaN, with
-    +inf, without a finite logit, or with a token id out of the vocabulary has a failure code and no token. Raises ValueError, naming the field, for shapes,
-    dtypes or devices that do not fit.
+    (the reference's are float64, native ones float32 within blocks of 64 tokens, in one order). A row with NaN, with
+    +inf, without a finite logit, or with a token id out of the vocabulary has a failure code and no token. Raises
+    ValueError, naming the field, for shapes, dtypes or devices that do not fit.
     """
     if logits.dim() != 2 or logits.dtype != torch.float32 or logits.shape[1] == 0:
         raise ValueError(
