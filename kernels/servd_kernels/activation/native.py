@@ -23,7 +23,7 @@ class Activation:
         *outer, width = x.shape
         width //= self._parts
         out = torch.empty(*outer, width, dtype=out_dtype or dtype)
-        scales = None if out_dtype is None else torch.empty(*outer, dtype=torch.float32)
+        scales = None if out_dtype is None else torch.empty(outer, dtype=torch.float32)
         self._kernel.call(
             rows.data_ptr(), rows.stride(0), out.data_ptr(), None if scales is None else scales.data_ptr(),
             len(rows), width, native.DTYPES[dtype], _CODES[out_dtype], APPROXIMATIONS.index(approximate),
