@@ -53,5 +53,8 @@ def finish(values: Tensor, dtype: torch.dtype, out_dtype: torch.dtype | None) ->
 
 def as_rows(x: Tensor) -> Tensor:
     """x [..., width] as [num_rows, width] with stride 1 in a row; a copy only where a view cannot be."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    strides = x.stride()
+    if len(strides) == 2 and strides[1] == 1:
+        return x
+    rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()

@@ -19,12 +19,13 @@ class Activation:
     def __call__(
         self, x: torch.Tensor, approximate: str, out_dtype: torch.dtype | None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        rows = as_rows(x)
-        width = x.shape[-1] // self._parts
-        out = torch.empty(*x.shape[:-1], width, dtype=out_dtype or x.dtype)
-        scales = None if out_dtype is None else torch.empty(x.shape[:-1], dtype=torch.float32)
+        rows, dtype = as_rows(x), x.dtype
+        *outer, width = x.shape
+        width //= self._parts
+        out = torch.empty(*outer, width, dtype=out_dtype or dtype)
+        scales = None if out_dtype is None else torch.empty(outer, dtype=torch.float32)
         self._kernel.call(
             rows.data_ptr(), rows.stride(0), out.data_ptr(), None if scales is None else scales.data_ptr(),
-            rows.shape[0], width, native.DTYPES[x.dtype], _CODES[out_dtype], APPROXIMATIONS.index(approximate),
+            len(rows), width, native.DTYPES[dtype], _CODES[out_dtype], APPROXIMATIONS.index(approximate),
         )  # fmt: skip
         return out if scales is None else (out, scales)
