@@ -111,6 +111,16 @@ SERVD_INLINE void store_params(const f16* source, uint64_t seen, float* out) {
     }
 }
 
+// Asks memory for a later tile's parameters.
+inline void prefetch_params(const Call& call, const Place& next, const Side& side) {
+    int64_t size = call.format->block_size, bytes = side.num_groups * side.num_params * size * 2;
+    for (int64_t t = next.t - call.offset_of(next.t); t < next.t + kTokens; t += size) {
+        if (!(bits_between(t, t + size, next.t) & next.seen)) continue;
+        auto* source = reinterpret_cast<const char*>(params_of(call, next.unit, side, t));
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(source + i);
+    }
+}
+
 // Scales and minima of a tile, out [parameter][kTokens]; zero for tokens that are not seen. Infinity becomes NaN:
 // a group that held infinity decodes to NaN as a whole.
 inline void load_params(const Call& call, const Place& place, const Side& side, float* out) {
