@@ -13,6 +13,12 @@ from servd_kernels.testing import assert_close
 pytestmark = pytest.mark.parametrize("backend", [f"cpu-{isa}" for isa in native.isas()], indirect=True)
 
 
+def attend(inputs: dict[str, Any], backend: str) -> torch.Tensor:
+    out = paged_attention(**inputs, backend=backend)
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
 def as_rows(inputs: dict[str, Any]) -> dict[str, Any]:
     """The same cache with its keys in rows."""
     words: KVFormat = inputs["kv_format"]
@@ -38,7 +44,7 @@ def test_rows_and_words_give_the_same_bits(backend: str, code: str, block_size: 
     inputs = reference.make_inputs(
         [1, 40], [150, 90], 6, 2, 80, block_size, torch.bfloat16, key=code, value=code, key_words=True
     )
-    assert torch.equal(paged_attention(**inputs, backend=backend), paged_attention(**as_rows(inputs), backend=backend))
+    assert torch.equal(attend(inputs, backend), attend(as_rows(inputs), backend))
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -48,9 +54,8 @@ def test_queries_of_another_dtype_than_the_cache(backend: str, dtype: torch.dtyp
         inputs = reference.make_inputs(
             [3, 1], [70, 33], 4, 2, head_dim, dtype=dtype, key=code, value=code, key_words=True
         )
-        wanted = paged_attention(**{**inputs, "q": inputs["q"].float()}, backend="reference")
-        assert isinstance(wanted, torch.Tensor)
-        assert_close(paged_attention(**inputs, backend=backend), wanted, "attention")
+        wanted = attend({**inputs, "q": inputs["q"].float()}, "reference")
+            assert_close(attend(inputs, backend), wanted, "attention")
 
 
 @pytest.mark.parametrize("code", ["bfloat16", "fp8_e4m3", "int8", "int4"])
@@ -58,18 +63,18 @@ def test_queries_of_another_dtype_than_the_cache(backend: str, dtype: torch.dtyp
 def test_nan_reaches_the_rows_that_see_it_and_no_other(backend: str, code: str, number: float) -> None:
     """One row's NaN or infinity must not leak to rows of the same tile, in a pair of tokens or a shared product."""
     inputs = reference.make_inputs([60], [90], 4, 2, 64, dtype=torch.bfloat16, key=code, value=code, key_words=True)
-    clean = paged_attention(**inputs, backend=backend)
+    clean = attend(inputs, backend)
     write_token(inputs, 70, number, "kv")
-    spoiled = paged_attention(**inputs, backend=backend)
+    spoiled = attend(inputs, backend)
     assert torch.equal(spoiled[:40], clean[:40])
     assert not spoiled[40:].isfinite().any()
 
 
 def test_infinite_queries_give_nan(backend: str) -> None:
     inputs = reference.make_inputs([2], [20], 2, 1, 64, dtype=torch.bfloat16, key="int8", value="int8", key_words=True)
-    clean = paged_attention(**inputs, backend=backend)
+    clean = attend(inputs, backend)
     inputs["q"][0, 0, 3] = torch.inf
-    spoiled = paged_attention(**inputs, backend=backend)
+    spoiled = attend(inputs, backend)
     assert spoiled[0, 0].isnan().all()
     assert torch.equal(spoiled[1], clean[1]) and torch.equal(spoiled[0, 1], clean[0, 1])
 
@@ -80,10 +85,9 @@ def test_sinks_and_window_over_several_spans(backend: str, code: str) -> None:
     inputs = reference.make_inputs(
         [1, 7], [2300, 1100], 4, 2, 64, dtype=torch.bfloat16, key=code, value=code, key_words=True, options=options
     )
-    plain = paged_attention(**inputs, backend=backend)
+    plain = attend(inputs, backend)
     inputs["block_tables"][0, 1:100] = -1  # freed, behind the window
-    assert torch.equal(paged_attention(**inputs, backend=backend), plain)
+    assert torch.equal(attend(inputs, backend), plain)
     inputs["block_tables"][0, 1:100] = 0
-    wanted = paged_attention(**{**inputs, "q": inputs["q"].float()}, backend="reference")
-    assert isinstance(wanted, torch.Tensor)
+    wanted = attend({**inputs, "q": inputs["q"].float()}, "reference")
     assert_close(plain, wanted, "attention")

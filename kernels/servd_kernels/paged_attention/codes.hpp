@@ -7,17 +7,6 @@
 namespace SERVD_ISA {
 namespace {
 
-typedef uint8_t vb __attribute__((vector_size(W)));
-
-// FP8 (Micikevicius et al. 2022) in the low byte of each lane: 4 exponent bits that begin 120 below float32's.
-SERVD_INLINE vf decode_e4m3(vu byte) {
-    const vf power = broadcast(1.329227995784916e36f);  // 2^120; makes subnormals right as well
-    vu magnitude = byte & 0x7f;
-    vu bits = (vu)((vf)(magnitude << 20) * power);
-    bits = magnitude == 0x7f ? vu{} + 0x7fc00000 : bits;
-    return (vf)(bits | (byte & 0x80) << 24);
-}
-
 // float16 in the low half of each lane.
 SERVD_INLINE vf decode_half(vu x) {
 #if defined(__AVX512F__)
@@ -46,11 +35,7 @@ SERVD_INLINE vf decode_word(vu x, int i) {
     }
 }
 
-SERVD_INLINE vu load_bytes(const char* p) {
-    vb bytes;
-    memcpy(&bytes, p, sizeof bytes);
-    return __builtin_convertvector(bytes, vu);
-}
+SERVD_INLINE vu load_bytes(const char* p) { return SERVD_ISA::load_bytes(reinterpret_cast<const uint8_t*>(p)); }
 
 // W nibbles from W / 2 bytes, the low one of a byte first.
 SERVD_INLINE vu load_nibbles(const char* p) {

@@ -77,30 +77,6 @@ inline void compute_span(const Call& call, const Unit& unit, int64_t span, const
     for (int r = 0; r < unit.rows; ++r) state.sum[r] = sum_lanes(load(tile.lanes + r * W));
 }
 
-// In place, x [dim] padded to whole vectors; the same as kv_format.hadamard.
-inline void hadamard(float* x, int64_t dim) {
-    int64_t width = dim & -dim;
-    vi lane;
-    for (int i = 0; i < W; ++i) lane[i] = i;
-    for (int step = 1; step < lesser(int64_t(W), width); step *= 2) {
-        vf sign = (lane & step) != 0 ? broadcast(-1.f) : broadcast(1.f);
-        for (int64_t d = 0; d < dim; d += W) {
-            vf row = load(x + d);
-            store(x + d, row * sign + __builtin_shuffle(row, lane ^ step));
-        }
-    }
-    for (int64_t step = W; step < width; step *= 2) {
-        for (int64_t d = 0; d < dim; d += W) {
-            if (d & step) continue;
-            vf first = load(x + d), second = load(x + d + step);
-            store(x + d, first + second);
-            store(x + d + step, first - second);
-        }
-    }
-    vf scale = broadcast(1.f / __builtin_sqrtf(float(width)));
-    for (int64_t d = 0; d < dim; d += W) store(x + d, load(x + d) * scale);
-}
-
 // out [head_dim], padded to whole vectors, from the sums of one row; stored order and rotation undone.
 inline void finish_row(const Call& call, const float* sums, float sum, float* out) {
     int64_t dim = call.format->head_dim;
@@ -113,7 +89,7 @@ inline void finish_row(const Call& call, const float* sums, float sum, float* ou
         sums = out;
     }
     for (int64_t d = 0; d < dim; d += W) store(out + d, load(sums + d) / divisor);
-    if (call.format->v.code == kCodeInt4) hadamard(out, dim);
+    if (call.format->is_rotated) hadamard(out, dim);
 }
 
 inline void write_rows(const Call& call, const Unit& unit, const State& state) {

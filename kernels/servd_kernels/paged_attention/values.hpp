@@ -208,7 +208,7 @@ inline float scale_weights(const float* p, uint64_t seen, const float* scale, ui
     for (int i = 0; i < kRuns; ++i) {
         w[i] = _mm512_maskz_mul_ps(__mmask16(seen >> (i * 16)), load(p + i * 16), load(scale + i * 16));
         bad |= _mm512_cmp_ps_mask(w[i], w[i], _CMP_UNORD_Q);
-        most = vmax(most, w[i]);
+        most = vmax(most, (vf)((vi)w[i] & 0x7fffffff));
     }
     float top = max_lanes(most);
     if (bad) return __builtin_nanf("");
