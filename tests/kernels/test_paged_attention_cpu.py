@@ -55,7 +55,7 @@ def test_queries_of_another_dtype_than_the_cache(backend: str, dtype: torch.dtyp
             [3, 1], [70, 33], 4, 2, head_dim, dtype=dtype, key=code, value=code, key_words=True
         )
         wanted = attend({**inputs, "q": inputs["q"].float()}, "reference")
-            assert_close(attend(inputs, backend), wanted, "attention")
+        assert_close(attend(inputs, backend), wanted, "attention")
 
 
 @pytest.mark.parametrize("code", ["bfloat16", "fp8_e4m3", "int8", "int4"])
