@@ -2,6 +2,7 @@
 // Does not know: any arithmetic on keys or values.
 #pragma once
 #include "../common/kernel.hpp"
+#include "../common/kv_side.hpp"
 
 namespace SERVD_ISA {
 namespace {
@@ -14,16 +15,25 @@ constexpr int kRows = 96;             // query rows (token, head of the group) t
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxGroups = kMaxHeadDim / 8;
 
-// The order of kv_format.CODES.
-enum Code : int64_t { kCodeFloat32, kCodeBFloat16, kCodeFloat16, kCodeFp8, kCodeInt8, kCodeInt4 };
-
-// cpu.py passes these two as arrays of int64, in this order; bytes.
+// KVSide and KVLayout with what they say of groups of dimensions, which share parameters, worked out.
 struct Side {
-    int64_t code, data_offset, params_offset, row_bytes, num_groups, num_params;
+    int64_t code, data_offset, params_offset, row_bytes, num_groups, num_params;  // num_params: of one group
+
+    Side(const KVSide& side, int64_t head_dim)
+        : code(side.code), data_offset(side.data_offset), params_offset(side.params_offset),
+          row_bytes(side.row_bytes), num_groups(side.num_params ? head_dim / side.group : 0),
+          num_params(side.num_params ? side.num_params / num_groups : 0) {}
 };
+
 struct Format {
-    int64_t kv_heads, head_dim, block_size, block_bytes, head_bytes, key_words;
+    int64_t kv_heads, head_dim, block_size, block_bytes, head_bytes;
+    bool key_words, is_rotated;  // the keys; the values
     Side k, v;
+
+    explicit Format(const KVLayout& layout)
+        : kv_heads(layout.kv_heads), head_dim(layout.head_dim), block_size(layout.block_size),
+          block_bytes(layout.block_bytes), head_bytes(layout.head_bytes), key_words(layout.k.is_words),
+          is_rotated(layout.v.is_rotated), k(layout.k, layout.head_dim), v(layout.v, layout.head_dim) {}
 };
 
 struct Call {

@@ -7,17 +7,6 @@
 namespace SERVD_ISA {
 namespace {
 
-typedef uint8_t vb __attribute__((vector_size(W)));
-
-// FP8 (Micikevicius et al. 2022) in the low byte of each lane: 4 exponent bits that begin 120 below float32's.
-SERVD_INLINE vf decode_e4m3(vu byte) {
-    const vf power = broadcast(1.329227995784916e36f);  // 2^120; makes subnormals right as well
-    vu magnitude = byte & 0x7f;
-    vu bits = (vu)((vf)(magnitude << 20) * power);
-    bits = magnitude == 0x7f ? vu{} + 0x7fc00000 : bits;
-    return (vf)(bits | (byte & 0x80) << 24);
-}
-
 // float16 in the low half of each lane.
 SERVD_INLINE vf decode_half(vu x) {
 #if defined(__AVX512F__)
@@ -46,11 +35,7 @@ SERVD_INLINE vf decode_word(vu x, int i) {
     }
 }
 
-SERVD_INLINE vu load_bytes(const char* p) {
-    vb bytes;
-    memcpy(&bytes, p, sizeof bytes);
-    return __builtin_convertvector(bytes, vu);
-}
+SERVD_INLINE vu load_bytes(const char* p) { return SERVD_ISA::load_bytes(reinterpret_cast<const uint8_t*>(p)); }
 
 // W nibbles from W / 2 bytes, the low one of a byte first.
 SERVD_INLINE vu load_nibbles(const char* p) {
@@ -108,6 +93,16 @@ SERVD_INLINE void store_params(const f16* source, uint64_t seen, float* out) {
     for (int v = 0; v < kRun; v += W) {
         vf value = load(source + v);
         store(out + v, select(seen >> v, value + value * 0.f, vf{}));
+    }
+}
+
+// Asks memory for a later tile's parameters.
+inline void prefetch_params(const Call& call, const Place& next, const Side& side) {
+    int64_t size = call.format->block_size, bytes = side.num_groups * side.num_params * size * 2;
+    for (int64_t t = next.t - call.offset_of(next.t); t < next.t + kTokens; t += size) {
+        if (!(bits_between(t, t + size, next.t) & next.seen)) continue;
+        auto* source = reinterpret_cast<const char*>(params_of(call, next.unit, side, t));
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(source + i);
     }
 }
 

@@ -138,7 +138,7 @@ int check(const Call& call, int64_t num_tokens, int64_t num_blocks) {
 
 // q's strides in elements; block_tables [num_reqs, max_blocks], pages and out [num_tokens, q_heads, head_dim]
 // contiguous; pages, lse, alibi_slopes and sink_logits may be null.
-SERVD_EXPORT(paged_attention)(const int64_t* format, const void* q, int64_t q_token_stride, int64_t q_head_stride,
+SERVD_EXPORT(paged_attention)(const int64_t* layout, const void* q, int64_t q_token_stride, int64_t q_head_stride,
                               int q_dtype, const void* cache, int64_t num_blocks, const int32_t* cu_seqlens_q,
                               const int32_t* seq_lens, const int32_t* block_tables, int64_t max_blocks,
                               int64_t num_reqs, int64_t num_tokens, int64_t q_heads, float scale,
@@ -146,12 +146,12 @@ SERVD_EXPORT(paged_attention)(const int64_t* format, const void* q, int64_t q_to
                               int64_t num_sinks, int64_t logn_length, float softcap, const float* alibi_slopes,
                               const float* sink_logits) {
     using namespace SERVD_ISA;
-    Call call = {reinterpret_cast<const Format*>(format), q, q_token_stride, q_head_stride, q_dtype,
+    Format format(*reinterpret_cast<const KVLayout*>(layout));
+    Call call = {&format, q, q_token_stride, q_head_stride, q_dtype,
                  static_cast<const char*>(cache), cu_seqlens_q, seq_lens, block_tables, max_blocks, num_reqs,
                  q_heads, scale, pages, max_pages, out, lse, window, num_sinks, logn_length, softcap,
                  alibi_slopes, sink_logits, -1};
-    int64_t size = call.format->block_size;
-    if ((size & (size - 1)) == 0) call.block_shift = __builtin_ctzll(size);
+    if ((format.block_size & (format.block_size - 1)) == 0) call.block_shift = __builtin_ctzll(format.block_size);
     int fault = check(call, num_tokens, num_blocks);
     return fault ? fault : run(call);
 }

@@ -1,19 +1,15 @@
 """Owns the call of the native paged attention.
 Does not know its schedule (cpu.cpp) or arithmetic (span.hpp and what it includes)."""
 
-import ctypes
-import functools
-
 import torch
 
 from servd_kernels import native
-from servd_kernels.kv_format import CODES, KVFormat, KVSide
+from servd_kernels.kv_format import KVFormat
 from servd_kernels.paged_attention.faults import FAULTS
 from servd_kernels.paged_attention.options import PLAIN, AttentionOptions
 
 _KERNEL = native.Function("paged_attention", "ppllipl" + "ppp" + "llllf" + "pl" + "pp" + "lllf" + "pp")
 _MAX_HEAD_DIM = 256  # kMaxHeadDim of call.hpp
-_CODE_NUMBERS = {name: number for number, name in enumerate(CODES)}  # enum Code of call.hpp
 
 
 def supports(device: str, dtype: torch.dtype, *, kv_format: KVFormat, **axes: object) -> str | None:
@@ -42,7 +38,8 @@ def run(
     out = torch.empty(num_tokens, q_heads, head_dim, dtype=q.dtype)
     lse = torch.empty(num_tokens, q_heads) if return_lse else None
     fault = _KERNEL.call(
-        _layout(kv_format), q.data_ptr(), q_token, q_head, native.DTYPES[q.dtype], kv_cache.data_ptr(), len(kv_cache),
+        kv_format.native_layout.data_ptr(), q.data_ptr(), q_token, q_head, native.DTYPES[q.dtype],
+        kv_cache.data_ptr(), len(kv_cache),
         cu_seqlens_q.data_ptr(), seq_lens.data_ptr(), block_tables.data_ptr(),
         max_blocks, num_reqs, num_tokens, q_heads, scale,
         _pointer(pages), 0 if pages is None else pages.shape[2], out.data_ptr(), _pointer(lse),
@@ -52,21 +49,6 @@ def run(
     if fault:
         raise ValueError(FAULTS[fault])
     return out if lse is None else (out, lse)
-
-
-@functools.lru_cache
-def _layout(kv_format: KVFormat) -> ctypes.Array[ctypes.c_int64]:
-    """The struct Format of call.hpp."""
-
-    def side(s: KVSide) -> tuple[int, ...]:
-        code = _CODE_NUMBERS[s.code.name]
-        return code, s.data_offset, s.params_offset, s.row_bytes, s.num_groups, s.code.num_params
-
-    numbers = (
-        kv_format.num_kv_heads, kv_format.head_dim, kv_format.block_size, kv_format.block_bytes,
-        kv_format.head_bytes, int(kv_format.key_words), *side(kv_format.k), *side(kv_format.v),
-    )  # fmt: skip
-    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

@@ -63,20 +63,12 @@ using BFloat16Dot = FloatDot;  // never chosen
 using Int16Dot = FloatDot;
 #endif
 
-// Memory that is asked for while products are computed, a line here and there: a burst of requests would fill the
-// processor's miss buffers and hold it up. Each step of a product moves every lane on by `stride` bytes.
-constexpr int kAheadLanes = 4;
-struct Ahead {
-    const char* lanes[kAheadLanes];
-    int64_t stride;
-};
-
 // The operands of one product. Row r of A has its step i at a[r * a_stride + i]; vector n of B at
 // b[n] + i * b_stride. out = (keep[r] * out or nothing) + factor[r] * (A B).
 struct Product {
     const uint32_t* a;
     int64_t a_stride;
-    const uint32_t* b[kDotVectors];
+    const uint32_t *b[kDotVectors], *ahead[kDotVectors];  // ahead: where the next product's B lies in memory
     int64_t b_stride, steps;
     const float *factor, *keep;
     float* out;
@@ -84,7 +76,7 @@ struct Product {
 };
 
 template <class Dot, int ROWS, int VECTORS, bool AHEAD>
-__attribute__((noinline)) void multiply_block(const Product& product, Ahead* ahead) {
+__attribute__((noinline)) void multiply_block(const Product& product) {
     typename Dot::Sum sum[ROWS][VECTORS] = {};
     const uint32_t *a = product.a, *b[VECTORS];
     for (int n = 0; n < VECTORS; ++n) b[n] = product.b[n];
@@ -92,10 +84,10 @@ __attribute__((noinline)) void multiply_block(const Product& product, Ahead* ahe
     for (int64_t i = 0; i < product.steps; ++i) {
         decltype(Dot::load(a)) column[VECTORS];
 #pragma GCC unroll 4
-        for (int n = 0; n < VECTORS; ++n) column[n] = Dot::load(b[n] + i * b_stride);
-        if (AHEAD)
-#pragma GCC unroll 4
-            for (int n = 0; n < kAheadLanes; ++n) __builtin_prefetch(ahead->lanes[n] + i * ahead->stride);
+        for (int n = 0; n < VECTORS; ++n) {
+            column[n] = Dot::load(b[n] + i * b_stride);
+            if (AHEAD) __builtin_prefetch(product.ahead[n] + i * b_stride);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
             auto value = Dot::spread(a + r * a_stride + i);
@@ -115,21 +107,13 @@ __attribute__((noinline)) void multiply_block(const Product& product, Ahead* ahe
     }
 }
 
-// ahead: what to ask for meanwhile, or null.
-template <class Dot>
-void multiply(const Product& product, int rows, int vectors, Ahead* ahead) {
+template <class Dot, bool AHEAD = false>
+void multiply(const Product& product, int rows, int vectors) {
     with_count<kDotRows>(rows, [&](auto height) {
         constexpr int kHeight = decltype(height)::value;
-        if (ahead && vectors == kDotVectors) {
-            multiply_block<Dot, kHeight, kDotVectors, true>(product, ahead);
-            for (const char*& lane : ahead->lanes) lane += product.steps * ahead->stride;
-        } else if (vectors == kDotVectors) {
-            multiply_block<Dot, kHeight, kDotVectors, false>(product, nullptr);
-        } else if (kDotVectors == 4 && vectors == 2) {
-            multiply_block<Dot, kHeight, 2, false>(product, nullptr);
-        } else {
-            multiply_block<Dot, kHeight, 1, false>(product, nullptr);
-        }
+        if (vectors == kDotVectors) multiply_block<Dot, kHeight, kDotVectors, AHEAD>(product);
+        else if (kDotVectors == 4 && vectors == 2) multiply_block<Dot, kHeight, 2, false>(product);
+        else multiply_block<Dot, kHeight, 1, false>(product);
     });
 }
 

@@ -19,7 +19,7 @@ SERVD_INLINE Arithmetic arithmetic_of(const Call& call, int64_t code) {
 }
 
 // The dimension of a word's codes that is the j-th of its pairs: pairs are what shifts and masks of a word give.
-SERVD_INLINE int64_t paired_dim(int64_t code, int64_t j) {
+constexpr int64_t paired_dim(int64_t code, int64_t j) {
     if (code == kCodeInt4) return (j & ~int64_t(7)) + (j & 7) / 2 + (j & 1) * 4;
     if (code == kCodeInt8 || code == kCodeFp8) return (j & ~int64_t(3)) + (j & 3) / 2 + (j & 1) * 2;
     return j;
@@ -32,10 +32,12 @@ struct Queries {
     float sums[kRows * kMaxGroups];   // [rows][num_groups] times the factor; for keys with minima
 };
 
-// The order of 16-bit numbers within a word's codes; see paired_dim. in and out [dim], padded to whole vectors.
-inline void pair_up(const uint16_t* in, int64_t dim, int64_t code, uint16_t* out) {
+// Moves 16-bit numbers [dim], padded to 32, to the order of a word's codes; see paired_dim.
+template <int64_t CODE>
+void pair_up(const uint16_t* in, int64_t dim, uint16_t* out) {
     for (int64_t j = 0; j < dim; j += 8)
-        for (int64_t k = 0; k < 8; ++k) out[j + k] = in[j + paired_dim(code, k)];
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < 8; ++k) out[j + k] = in[j + paired_dim(CODE, k)];
 }
 
 // q [dim], zero up to a whole vector -> words, the row as the arithmetic takes it; returns the step of its numbers.
@@ -65,7 +67,10 @@ inline float pack_query(const float* q, int64_t dim, int64_t code, Arithmetic ar
         }
         step = top / 32767.f + bad;
     }
-    pair_up(halves, dim, code, reinterpret_cast<uint16_t*>(words));
+    auto* out = reinterpret_cast<uint16_t*>(words);
+    if (code == kCodeInt4) pair_up<kCodeInt4>(halves, dim, out);
+    else if (code == kCodeInt8 || code == kCodeFp8) pair_up<kCodeInt8>(halves, dim, out);
+    else memcpy(out, halves, dim * sizeof(uint16_t));
     return step;
 }
 
@@ -103,10 +108,12 @@ inline void load_queries(const Call& call, const Unit& unit, Queries& queries) {
     }
 }
 
-// Keys as words: run i of 16 tokens has step s (a dimension, a pair) at runs[i] + s * stride.
+// Keys as words: run i of 16 tokens has step s (a dimension, a pair) at runs[i] + s * stride. ahead: the same of
+// the tile that comes next, where runs are read in place and it pays to ask for them early.
 struct Keys {
-    const uint32_t* runs[kRuns];
+    const uint32_t *runs[kRuns], *ahead[kRuns];
     int64_t stride;
+    bool has_ahead;
     alignas(64) uint32_t gathered[kMaxHeadDim * kTokens];
     alignas(64) uint32_t decoded[kMaxHeadDim * kTokens];
     alignas(64) float params[2 * kMaxGroups * kTokens];
@@ -183,13 +190,15 @@ inline void gather_run(const Call& call, const Unit& unit, int64_t t, uint32_t s
 
 // Words of one run to float32 [head_dim][kRun], scales applied (params [group * num_params + i][kTokens]).
 template <int64_t CODE>
-void decode_run(const Side& side, const uint32_t* words, int64_t stride, const float* params, uint32_t* out) {
+void decode_run(const Side& side, const uint32_t* words, const uint32_t* ahead, int64_t stride, const float* params,
+                uint32_t* out) {
     constexpr int kDims = dims_of_word(CODE);
     int64_t count = side.row_bytes / 4, words_of_group = side.num_params ? count / side.num_groups : count;
     for (int v = 0; v < kRun; v += W) {
         for (int64_t w = 0; w < count; ++w) {
             vu x;
             memcpy(&x, words + w * stride + v, sizeof x);
+            __builtin_prefetch(ahead + w * stride + v);
             const float* p = params + w / words_of_group * side.num_params * kTokens + v;
 #pragma GCC unroll 8
             for (int i = 0; i < kDims; ++i) {
@@ -216,8 +225,9 @@ SERVD_INLINE __m512i e4m3_to_bfloat16(__m512i magnitude, __m512i sign) {
 
 // Words of one run to pairs [steps][kRun], scales left aside.
 template <int64_t CODE>
-void pair_run(int64_t words, const uint32_t* source, int64_t stride, uint32_t* out) {
+void pair_run(int64_t words, const uint32_t* source, const uint32_t* ahead, int64_t stride, uint32_t* out) {
     for (int64_t w = 0; w < words; ++w) {
+        __builtin_prefetch(ahead + w * stride);
         __m512i x = _mm512_loadu_si512(source + w * stride);
         if constexpr (CODE == kCodeInt8) {
             _mm512_store_si512(out, _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
@@ -239,7 +249,7 @@ void pair_run(int64_t words, const uint32_t* source, int64_t stride, uint32_t* o
 }
 #else
 template <int64_t CODE>
-void pair_run(int64_t, const uint32_t*, int64_t, uint32_t*) {}
+void pair_run(int64_t, const uint32_t*, const uint32_t*, int64_t, uint32_t*) {}
 #endif
 
 SERVD_INLINE const uint32_t* run_of(const Call& call, const Place& place, int run) {
@@ -250,8 +260,8 @@ SERVD_INLINE const uint32_t* run_of(const Call& call, const Place& place, int ru
 
 SERVD_INLINE uint32_t run_bits(const Place& place, int run) { return uint32_t(place.seen >> (run * kRun)) & 0xffff; }
 
-// Fills `keys` with the tile at `place`.
-inline void load_keys(const Call& call, const Place& place, Keys& keys) {
+// Fills `keys` with the tile at `place`, and asks for `next` if that is one.
+inline void load_keys(const Call& call, const Place& place, const Place& next, Keys& keys) {
     const Format& format = *call.format;
     const Side& side = format.k;
     Arithmetic arithmetic = arithmetic_of(call, side.code);
@@ -259,8 +269,12 @@ inline void load_keys(const Call& call, const Place& place, Keys& keys) {
     bool as_stored = side.code == (arithmetic == kFloats ? kCodeFloat32 : kCodeBFloat16);
     int64_t words = side.row_bytes / 4, stride = in_place ? format.block_size : kRun;
     int64_t steps = arithmetic == kFloats ? format.head_dim : format.head_dim / 2;
-    if (side.num_params) load_params(call, place, side, keys.params);
+    if (side.num_params) {
+        load_params(call, place, side, keys.params);
+        prefetch_params(call, next, side);
+    }
     keys.stride = as_stored ? stride : kRun;
+    keys.has_ahead = in_place && as_stored && next.seen;
     const uint32_t* any = nullptr;
     for (int run = 0; run < kRuns; ++run) {
         uint32_t *gathered = keys.gathered + run * words * kRun, *decoded = keys.decoded + run * steps * kRun;
@@ -268,43 +282,50 @@ inline void load_keys(const Call& call, const Place& place, Keys& keys) {
         if (!run_bits(place, run)) continue;
         const uint32_t* source = in_place ? run_of(call, place, run) : gathered;
         if (!in_place) gather_run(call, place.unit, place.t + run * kRun, run_bits(place, run), gathered);
+        keys.ahead[run] = in_place && run_bits(next, run) ? run_of(call, next, run) : source;
         if (!as_stored) {
             with_code(side.code, [&](auto code) {
                 constexpr int64_t kCode = decltype(code)::value;
                 const float* params = keys.params + run * kRun;
-                if (arithmetic != kFloats) pair_run<kCode>(words, source, stride, decoded);
-                else decode_run<kCode>(side, source, stride, params, decoded);
+                if (arithmetic != kFloats) pair_run<kCode>(words, source, keys.ahead[run], stride, decoded);
+                else decode_run<kCode>(side, source, keys.ahead[run], stride, params, decoded);
             });
         }
         any = keys.runs[run] = as_stored ? source : decoded;
     }
-    for (const uint32_t*& run : keys.runs) run = run ? run : any;  // its scores will be hidden
+    for (int run = 0; run < kRuns; ++run) {
+        if (keys.runs[run]) continue;
+        keys.runs[run] = keys.ahead[run] = any;  // its scores will be hidden
+    }
 }
 
 template <class Dot>
 void multiply_keys(const Queries& queries, const Keys& keys, int row, int rows, int tokens, int64_t begin,
-                   int64_t steps, Ahead* ahead, float* out) {
+                   int64_t steps, float* out) {
     for (int v = 0; v < tokens; v += kDotVectors * W) {
-        Product product = {queries.words + row * queries.stride + begin, queries.stride, {}, keys.stride, steps,
+        Product product = {queries.words + row * queries.stride + begin, queries.stride, {}, {}, keys.stride, steps,
                            queries.factor + row, nullptr, out + v, kTokens};
         for (int n = 0; n < kDotVectors; ++n) {
             int token = v + n * W;
             product.b[n] = keys.runs[token / kRun] + token % kRun + begin * keys.stride;
+            product.ahead[n] = keys.ahead[token / kRun] + token % kRun + begin * keys.stride;
         }
-        multiply<Dot>(product, rows, fitting_vectors((tokens - v + W - 1) / W), ahead);
+        int vectors = keys.has_ahead ? kDotVectors : fitting_vectors((tokens - v + W - 1) / W);
+        if (keys.has_ahead && row == 0) multiply<Dot, true>(product, rows, vectors);
+        else multiply<Dot>(product, rows, vectors);
     }
 }
 
 // scores [rows][kTokens] of rows row.. of the unit, kDotRows at most, for the first `tokens` keys of the tile.
 inline void score_rows(const Call& call, const Queries& queries, const Keys& keys, int row, int rows, int tokens,
-                       Ahead* ahead, float* scores) {
+                       float* scores) {
     const Side& side = call.format->k;
     int64_t dim = call.format->head_dim, groups = side.num_groups;
     Arithmetic arithmetic = arithmetic_of(call, side.code);
-    if (arithmetic == kFloats) return multiply_keys<FloatDot>(queries, keys, row, rows, tokens, 0, dim, ahead, scores);
+    if (arithmetic == kFloats) return multiply_keys<FloatDot>(queries, keys, row, rows, tokens, 0, dim, scores);
     if (side.num_params < 2) {
-        if (arithmetic == kInt16Pairs) multiply_keys<Int16Dot>(queries, keys, row, rows, tokens, 0, dim / 2, ahead, scores);
-        else multiply_keys<BFloat16Dot>(queries, keys, row, rows, tokens, 0, dim / 2, ahead, scores);
+        if (arithmetic == kInt16Pairs) multiply_keys<Int16Dot>(queries, keys, row, rows, tokens, 0, dim / 2, scores);
+        else multiply_keys<BFloat16Dot>(queries, keys, row, rows, tokens, 0, dim / 2, scores);
         for (int i = 0; side.num_params && i < rows * kTokens; i += W)
             store(scores + i, load(scores + i) * load(keys.params + i % kTokens));
         return;
@@ -313,7 +334,7 @@ inline void score_rows(const Call& call, const Queries& queries, const Keys& key
     memset(scores, 0, rows * kTokens * sizeof(float));
     for (int64_t g = 0; g < groups; ++g) {
         int64_t steps = dim / groups / 2;
-        multiply_keys<Int16Dot>(queries, keys, row, rows, tokens, g * steps, steps, ahead, part);
+        multiply_keys<Int16Dot>(queries, keys, row, rows, tokens, g * steps, steps, part);
         const float *scale = keys.params + 2 * g * kTokens, *minimum = scale + kTokens;
         for (int i = 0; i < rows * kTokens; i += W) {
             vf sum = broadcast(queries.sums[(row + i / kTokens) * groups + g]);

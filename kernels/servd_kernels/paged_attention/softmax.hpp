@@ -87,10 +87,9 @@ SERVD_INLINE vf softmax_exp(vf x) {
 #endif
 }
 
-// One row's scores to weights under its maximum; returns their sum in lanes. A function of its own, so that the
-// constants stay in registers.
+// One row's scores to weights under its maximum; returns their sum in lanes.
 template <bool ROUNDED>
-__attribute__((noinline)) vf weigh(float* scores, float top, uint32_t* pairs) {
+SERVD_INLINE vf weigh(float* scores, float top, uint32_t* pairs) {
     constexpr int kVectors = W == 4 ? 2 : 4;
     vf sum[kVectors] = {};
     for (int v = 0; v < kTokens; v += kVectors * W) {

@@ -10,7 +10,9 @@
 namespace SERVD_ISA {
 namespace {
 
-constexpr int kAheadRows = 24;  // units of so few rows wait for memory: the next tile is asked for meanwhile
+// Units of so few rows wait for memory: the next tile is asked for while one is computed, a line here and there,
+// since a burst of requests would fill the processor's miss buffers and hold it up.
+constexpr int kAheadRows = 24;
 constexpr int kMaxSumsWidth = kMaxHeadDim + 16;
 constexpr int kStateFloats = kRows * (kMaxSumsWidth + 2);
 
@@ -28,41 +30,15 @@ inline void load_rows(const Call& call, const Unit& unit, Tile& tile) {
     for (int r = 0; r < unit.rows; ++r) tile.positions[r] = unit.first_position + (skipped + r) / group;
 }
 
-// The steps of a tile's products for kDotRows rows.
-inline int64_t product_steps(const Call& call) {
-    int64_t dim = call.format->head_dim, width = padded_width(dim);
-    int64_t values = has_minima(call) ? dim / kPairGroup : (width + kDotVectors * W - 1) / (kDotVectors * W);
-    int64_t key_steps = arithmetic_of(call, call.format->k.code) == kFloats ? dim : dim / 2;
-    int64_t value_steps = value_arithmetic(call) == kFloats ? kTokens : kTokens / 2;
-    return key_steps * (kTokens / (kDotVectors * W)) + value_steps * values;
-}
-
-// The blocks of the tile at `next`, spread over the products of the tile before. They lie all over memory: what the
-// processor foresees by itself ends with each. Null if there is no such tile, or its tokens lie scattered in blocks.
-inline Ahead* look_ahead(const Call& call, const Place& next, Ahead& ahead) {
-    const Format& format = *call.format;
-    int64_t size = format.block_size;
-    if (!next.seen || size > kTokens || kTokens % size || size % kRun) return nullptr;
-    int64_t bytes = format.head_bytes * kRun / size;  // of one lane: a block, half a block, ...
-    const char* any = head_of(call, next.unit, next.t + __builtin_ctzll(next.seen));
-    for (int i = 0; i < kAheadLanes; ++i) {
-        int64_t block = i * kRun / size * size, part = i * kRun % size / kRun;
-        bool is_seen = bits_between(block, block + size, 0) & next.seen;
-        ahead.lanes[i] = (is_seen ? head_of(call, next.unit, next.t + block) : any) + part * bytes;
-    }
-    ahead.stride = (bytes + product_steps(call) - 1) / product_steps(call);
-    return &ahead;
-}
-
-// The tile at `place`, whose keys and values are loaded; meanwhile `ahead` is asked for if not null.
-inline void compute_tile(const Call& call, const Place& place, Ahead* ahead, Tile& tile, const State& state) {
+// The tile at `place`, whose keys and values are loaded.
+inline void compute_tile(const Call& call, const Place& place, Tile& tile, const State& state) {
     const Unit& unit = place.unit;
     int64_t t = place.t;
     int64_t width = sums_width(call), group = call.group();
     bool has_options = call.alibi_slopes || call.softcap > 0;
     alignas(64) float scores[kDotRows * kTokens];
     Weights weights;
-    for (int row = 0; row < unit.rows; row += kDotRows, ahead = nullptr) {
+    for (int row = 0; row < unit.rows; row += kDotRows) {
         int rows = lesser(kDotRows, unit.rows - row);
         uint64_t seen[kDotRows], any = 0;
         float keep[kDotRows], *top = state.top + row, *lanes = tile.lanes + row * W;
@@ -71,14 +47,14 @@ inline void compute_tile(const Call& call, const Place& place, Ahead* ahead, Til
             any |= seen[r] = seen_by(call, position, position, t) & place.seen;
         }
         if (!any) continue;
-        score_rows(call, tile.queries, tile.keys, row, rows, kTokens - __builtin_clzll(any), ahead, scores);
+        score_rows(call, tile.queries, tile.keys, row, rows, kTokens - __builtin_clzll(any), scores);
         for (int r = 0; has_options && r < rows; ++r) {
             int64_t head = unit.kv_head * group + (unit.first_row + row + r) % group;
             apply_options(call, head, tile.positions[row + r], t, scores + r * kTokens);
         }
         if (are_softened_pairs(call)) soften<true>(scores, seen, rows, top, lanes, keep, weights);
         else soften<false>(scores, seen, rows, top, lanes, keep, weights);
-        add_values(call, tile.values, scores, seen, rows, keep, weights, ahead, state.sums + row * width);
+        add_values(call, tile.values, scores, seen, rows, keep, weights, state.sums + row * width);
     }
 }
 
@@ -90,39 +66,15 @@ inline void compute_span(const Call& call, const Unit& unit, int64_t span, const
     Place place = find_tile(call, unit, span * kSpan, end);
     memset(tile.lanes, 0, unit.rows * W * sizeof(float));
     while (place.t < end) {
-        Place next = find_tile(call, unit, place.t + kTokens, last), later = next;
-        if (!next.seen && following) later = find_tile(call, *following, 0, reach(call, *following).end);
-        Ahead ahead;
-        load_keys(call, place, tile.keys);
-        load_values(call, place, tile.values);
-        compute_tile(call, place, unit.rows > kAheadRows ? nullptr : look_ahead(call, later, ahead), tile, state);
+        Place next = find_tile(call, unit, place.t + kTokens, last), ahead = next;
+        if (!next.seen && following) ahead = find_tile(call, *following, 0, reach(call, *following).end);
+        if (unit.rows > kAheadRows) ahead.seen = 0;
+        load_keys(call, place, ahead, tile.keys);
+        load_values(call, place, ahead, tile.values);
+        compute_tile(call, place, tile, state);
         place = next;
     }
     for (int r = 0; r < unit.rows; ++r) state.sum[r] = sum_lanes(load(tile.lanes + r * W));
-}
-
-// In place, x [dim] padded to whole vectors; the same as kv_format.hadamard.
-inline void hadamard(float* x, int64_t dim) {
-    int64_t width = dim & -dim;
-    vi lane;
-    for (int i = 0; i < W; ++i) lane[i] = i;
-    for (int step = 1; step < lesser(int64_t(W), width); step *= 2) {
-        vf sign = (lane & step) != 0 ? broadcast(-1.f) : broadcast(1.f);
-        for (int64_t d = 0; d < dim; d += W) {
-            vf row = load(x + d);
-            store(x + d, row * sign + __builtin_shuffle(row, lane ^ step));
-        }
-    }
-    for (int64_t step = W; step < width; step *= 2) {
-        for (int64_t d = 0; d < dim; d += W) {
-            if (d & step) continue;
-            vf first = load(x + d), second = load(x + d + step);
-            store(x + d, first + second);
-            store(x + d + step, first - second);
-        }
-    }
-    vf scale = broadcast(1.f / __builtin_sqrtf(float(width)));
-    for (int64_t d = 0; d < dim; d += W) store(x + d, load(x + d) * scale);
 }
 
 // out [head_dim], padded to whole vectors, from the sums of one row; stored order and rotation undone.
@@ -137,7 +89,7 @@ inline void finish_row(const Call& call, const float* sums, float sum, float* ou
         sums = out;
     }
     for (int64_t d = 0; d < dim; d += W) store(out + d, load(sums + d) / divisor);
-    if (call.format->v.code == kCodeInt4) hadamard(out, dim);
+    if (call.format->is_rotated) hadamard(out, dim);
 }
 
 inline void write_rows(const Call& call, const Unit& unit, const State& state) {

@@ -40,7 +40,8 @@ alignas(64) const char kZeroRow[kMaxHeadDim * 4] = {};
 
 // Tokens of float32 rows to out [kTokens][width], scales applied.
 template <int64_t CODE>
-void decode_values(const Side& side, const char* const* rows, int64_t dim, const float* params, float* out) {
+void decode_values(const Side& side, const char* const* rows, const char* const* ahead, int64_t dim,
+                   const float* params, float* out) {
     int64_t width = padded_width(dim), group = side.num_params ? dim / side.num_groups : dim;
     constexpr int64_t kBits = 32 / dims_of_word(CODE);
     for (int t = 0; t < kTokens; ++t, out += width) {
@@ -48,6 +49,7 @@ void decode_values(const Side& side, const char* const* rows, int64_t dim, const
             char part[W * 4 + 8] = {};
             const char* row = rows[t];
             int64_t offset = d;
+            __builtin_prefetch(ahead[t] + d * kBits / 8);
             if (d + W > dim) {  // a row's end
                 memcpy(part, row + d * kBits / 8, greater((dim - d) * kBits / 8, 0));
                 row = part;
@@ -83,13 +85,16 @@ SERVD_INLINE __m512i load_wide(const char* row, int64_t d, int64_t count) {
 }
 
 template <int64_t CODE>
-void pair_values(const char* const* rows, int64_t dim, uint32_t* out) {
+void pair_values(const char* const* rows, const char* const* ahead, int64_t dim, uint32_t* out) {
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                          37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     int64_t width = padded_width(dim);
     for (int t = 0; t < kTokens; t += 2, out += width) {
         for (int64_t d = 0; d < width; d += 32) {
+            constexpr int kBytes = CODE == kCodeBFloat16 ? 2 : 1;
+            __builtin_prefetch(ahead[t] + d * kBytes);
+            __builtin_prefetch(ahead[t + 1] + d * kBytes);
             __m512i a = load_wide<CODE>(rows[t], d, dim - d), b = load_wide<CODE>(rows[t + 1], d, dim - d);
             _mm512_store_si512(out + d, _mm512_permutex2var_epi16(a, low, b));
             if (d + 16 < width) _mm512_store_si512(out + d + 16, _mm512_permutex2var_epi16(a, high, b));
@@ -98,10 +103,12 @@ void pair_values(const char* const* rows, int64_t dim, uint32_t* out) {
 }
 
 template <>
-void pair_values<kCodeInt4>(const char* const* rows, int64_t dim, uint32_t* out) {
+void pair_values<kCodeInt4>(const char* const* rows, const char* const* ahead, int64_t dim, uint32_t* out) {
     const __m512i low = _mm512_set1_epi16(15);
     for (int t = 0; t < kTokens; t += 2, out += dim) {
         for (int64_t d = 0; d < dim; d += kPairGroup) {
+            __builtin_prefetch(ahead[t] + d / 2);
+            __builtin_prefetch(ahead[t + 1] + d / 2);
             __m512i a = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(rows[t] + d / 2)));
             __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(rows[t + 1] + d / 2)));
             __m512i both = _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
@@ -112,7 +119,7 @@ void pair_values<kCodeInt4>(const char* const* rows, int64_t dim, uint32_t* out)
 }
 #else
 template <int64_t CODE>
-void pair_values(const char* const*, int64_t, uint32_t*) {}
+void pair_values(const char* const*, const char* const*, int64_t, uint32_t*) {}
 #endif
 
 // Where the tile's values lie; tokens that are not seen are zero.
@@ -135,21 +142,26 @@ inline void find_rows(const Call& call, const Place& place, const char** rows) {
     }
 }
 
-// Fills `values` with the tile at `place`.
-inline void load_values(const Call& call, const Place& place, Values& values) {
+// Fills `values` with the tile at `place`, and asks for `next` if that is one.
+inline void load_values(const Call& call, const Place& place, const Place& next, Values& values) {
     const Format& format = *call.format;
     const Side& side = format.v;
-    const char* rows[kTokens];
+    const char *rows[kTokens], *next_rows[kTokens], **ahead = rows;
     find_rows(call, place, rows);
-    if (side.num_params) load_params(call, place, side, values.params);
+    if (next.seen) find_rows(call, next, ahead = next_rows);
+    if (side.num_params) {
+        load_params(call, place, side, values.params);
+        prefetch_params(call, next, side);
+    }
     values.is_searched = false;
     bool is_paired = value_arithmetic(call) != kFloats;
     with_code(side.code, [&](auto code) {
         constexpr int64_t kCode = decltype(code)::value;
         if (!is_paired)
-            decode_values<kCode>(side, rows, format.head_dim, values.params, reinterpret_cast<float*>(values.words));
+            decode_values<kCode>(side, rows, ahead, format.head_dim, values.params,
+                                 reinterpret_cast<float*>(values.words));
         else if constexpr (kCode != kCodeFloat32 && kCode != kCodeFloat16)
-            pair_values<kCode>(rows, format.head_dim, values.words);
+            pair_values<kCode>(rows, ahead, format.head_dim, values.words);
     });
 }
 
@@ -196,7 +208,7 @@ inline float scale_weights(const float* p, uint64_t seen, const float* scale, ui
     for (int i = 0; i < kRuns; ++i) {
         w[i] = _mm512_maskz_mul_ps(__mmask16(seen >> (i * 16)), load(p + i * 16), load(scale + i * 16));
         bad |= _mm512_cmp_ps_mask(w[i], w[i], _CMP_UNORD_Q);
-        most = vmax(most, w[i]);
+        most = vmax(most, (vf)((vi)w[i] & 0x7fffffff));
     }
     float top = max_lanes(most);
     if (bad) return __builtin_nanf("");
@@ -246,47 +258,46 @@ inline void pack_weights(const Call& call, const Values& values, const float* p,
 
 template <class Dot>
 void multiply_values(const Call& call, const uint32_t* words, const Weights& weights, int first, int rows, Range steps,
-                     const float* keep, Ahead* ahead, float* sums) {
+                     const float* keep, float* sums) {
     int64_t width = padded_width(call.format->head_dim), group = has_minima(call) ? kPairGroup : width;
     for (int64_t d = 0; d < width;) {
         int64_t g = d / group;
         int vectors = next_vectors(lesser(width - d, group) / W);
-        Product product = {weights.words[g][first] + steps.begin, kTokens, {}, width, steps.end - steps.begin,
+        Product product = {weights.words[g][first] + steps.begin, kTokens, {}, {}, width, steps.end - steps.begin,
                            weights.factor[g] + first, keep, sums + d, sums_width(call)};
         for (int n = 0; n < vectors; ++n) product.b[n] = words + steps.begin * width + d + n * W;
-        multiply<Dot>(product, rows, vectors, ahead);
+        multiply<Dot>(product, rows, vectors);
         d += vectors * W;
     }
 }
 
 inline void multiply_values(const Call& call, const uint32_t* words, const Weights& weights, int first, int rows,
-                            uint64_t seen, const float* keep, Ahead* ahead, float* sums) {
+                            uint64_t seen, const float* keep, float* sums) {
     Range steps = {__builtin_ctzll(seen), kTokens - __builtin_clzll(seen)};
     Arithmetic arithmetic = value_arithmetic(call);
     if (arithmetic != kFloats) steps = {steps.begin / 2, (steps.end + 1) / 2};
-    if (arithmetic == kFloats)
-        multiply_values<FloatDot>(call, words, weights, first, rows, steps, keep, ahead, sums);
+    if (arithmetic == kFloats) multiply_values<FloatDot>(call, words, weights, first, rows, steps, keep, sums);
     else if (arithmetic == kBFloat16Pairs)
-        multiply_values<BFloat16Dot>(call, words, weights, first, rows, steps, keep, ahead, sums);
-    else multiply_values<Int16Dot>(call, words, weights, first, rows, steps, keep, ahead, sums);
+        multiply_values<BFloat16Dot>(call, words, weights, first, rows, steps, keep, sums);
+    else multiply_values<Int16Dot>(call, words, weights, first, rows, steps, keep, sums);
 }
 
 // sums = keep * sums + weights * values, for rows that see `seen` of the tile; `p` are zero elsewhere. A weight of
 // zero times an unseen token's NaN would still be NaN: there a row works on a copy without that token, in the same
 // order.
 inline void add_values(const Call& call, Values& values, const float* p, const uint64_t* seen, int rows,
-                       const float* keep, Weights& weights, Ahead* ahead, float* sums) {
+                       const float* keep, Weights& weights, float* sums) {
     pack_weights(call, values, p, seen, rows, keep, sums, weights);
     uint64_t any = 0, all = ~uint64_t(0);
     for (int r = 0; r < rows; ++r) any |= seen[r], all &= seen[r];
     if (any != all && !values.is_searched) find_nonfinite(call, values);
     if (any == all || !(values.nonfinite & any & ~all))
-        return multiply_values(call, values.words, weights, 0, rows, any, keep, ahead, sums);
+        return multiply_values(call, values.words, weights, 0, rows, any, keep, sums);
     alignas(64) uint32_t copy[kTokens * kMaxHeadDim];
     for (int r = 0; r < rows; ++r) {
         if (!seen[r]) continue;
         copy_without(call, values, ~seen[r], copy);
-        multiply_values(call, copy, weights, r, 1, any, keep + r, nullptr, sums + r * sums_width(call));
+        multiply_values(call, copy, weights, r, 1, any, keep + r, sums + r * sums_width(call));
     }
 }
 
