@@ -18,7 +18,8 @@ def quantize_int8(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Ten
     """
     groups = _in_groups(x.float(), group_size)
     scales = groups.abs().amax(-1) / 127
-    codes = (groups / scales.unsqueeze(-1)).nan_to_num(nan=0.0).round().clamp(-127, 127).to(torch.int8)
+    # Times the inverse, as the kernels do: a division for each number would take them longer than the product.
+    codes = (groups * (1 / scales).unsqueeze(-1)).nan_to_num(nan=0.0).round().clamp(-127, 127).to(torch.int8)
     return _whole(codes, x.shape[-1]), scales if group_size else scales.squeeze(-1)
 
 

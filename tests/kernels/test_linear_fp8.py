@@ -7,6 +7,7 @@ from servd_kernels import native
 from servd_kernels.linear_fp8 import linear_fp8, pack, quantize_weight, reference
 from servd_kernels.testing import assert_close
 from servd_kernels.weight_quant import FP8, quantize_fp8
+from torch.nn import functional
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(0, 5, 3), (1, 1, 1), (1, 49, 7), (3, 97, 66), (7, 48, 36), (9, 101, 576), (66, 50, 65), (130, 192, 300)]
@@ -116,6 +117,19 @@ def test_threads_change_nothing(backend: str, restore_threads: None, activations
         native.set_num_threads(threads)
         results.append(linear_fp8(inputs["x"], packed))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_activation_follows_the_bias(backend: str, activation: str) -> None:
+    inputs = reference.make_inputs(9, 50, 100, True)
+    packed = pack(inputs["codes"], inputs["scales"], backend=backend)
+    plain = linear_fp8(inputs["x"], packed, inputs["bias"])
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    expected = functional.silu(plain) if activation == "silu" else functional.gelu(plain, approximate=approximate)
+    out = linear_fp8(inputs["x"], packed, inputs["bias"], None, None, activation)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="activation is 'relu'; allowed: None, silu, gelu, gelu_tanh"):
+        linear_fp8(inputs["x"], packed, inputs["bias"], None, None, "relu")
 
 
 def test_error_of_the_quantizer() -> None:

@@ -9,6 +9,7 @@ import torch
 from servd_kernels import native
 from servd_kernels.linear_wna16 import GroupedWeight, linear_wna16, pack, quantize_weight, reference
 from servd_kernels.testing import assert_close
+from torch.nn import functional
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(0, 5, 3), (1, 1, 1), (1, 49, 7), (3, 97, 66), (6, 48, 36), (9, 101, 576), (66, 50, 65), (130, 96, 300)]
@@ -120,6 +121,19 @@ def test_threads_change_nothing(backend: str, restore_threads: None, activations
         native.set_num_threads(threads)
         results.append(linear_wna16(inputs["x"], packed))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_activation_follows_the_bias(backend: str, activation: str) -> None:
+    inputs = reference.make_inputs(9, 50, 100)
+    packed = pack(inputs["weight"], backend=backend)
+    plain = linear_wna16(inputs["x"], packed, inputs["bias"])
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    expected = functional.silu(plain) if activation == "silu" else functional.gelu(plain, approximate=approximate)
+    out = linear_wna16(inputs["x"], packed, inputs["bias"], None, activation)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="activation is 'relu'; allowed: None, silu, gelu, gelu_tanh"):
+        linear_wna16(inputs["x"], packed, inputs["bias"], None, "relu")
 
 
 def test_packed_weight_keeps_its_instruction_set() -> None:

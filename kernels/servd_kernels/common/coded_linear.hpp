@@ -102,6 +102,7 @@ __attribute__((noinline)) void multiply_segment(const X* x, int64_t x_stride, co
     } else {
         multiply_decoded<X, ROWS>(x, x_stride, decoded, depth, acc);
     }
+    asm volatile("" ::: "memory");  // scales loaded before the loop would push sums out of the registers
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4

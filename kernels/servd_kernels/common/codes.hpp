@@ -159,8 +159,9 @@ SERVD_INLINE void decode_panel(const uint32_t* words, int64_t depth, X* out) {
     for (int64_t chunk = 0; chunk < depth / Code::kDepth; ++chunk) {
 #pragma GCC unroll 4
         for (int v = 0; v < kTileVectors; ++v) {
-            __builtin_prefetch(reinterpret_cast<const char*>(words + chunk * kCodePanel + v * W) + kPrefetchAhead, 0, 2);
-            vu word = load_words(words + chunk * kCodePanel + v * W);
+            const uint32_t* place = words + chunk * kCodePanel + v * W;
+            __builtin_prefetch(reinterpret_cast<const char*>(place) + kPrefetchAhead, 0, 2);
+            vu word = load_words(place);
 #pragma GCC unroll 8
             for (int step = 0; step < Code::kDepth / U::kStep; ++step) {
                 U::store_weights(out + ((chunk * (Code::kDepth / U::kStep) + step) * kCodePanel + v * W) * U::kStep,
@@ -232,7 +233,8 @@ constexpr int kIntegerStep = 2;
 // The codes of a word that step `step` multiplies: four bytes, or two halves.
 template <int BITS>
 SERVD_INLINE vu integer_part(vu words, int step) {
-    constexpr uint32_t kMask = kIntegerStep == 4 ? (BITS == 4 ? 0x0f0f0f0fu : ~0u) : BITS == 4 ? 0x000f000fu : 0x00ff00ffu;
+    constexpr uint32_t kByte = BITS == 4 ? 0x0f : 0xff;
+    constexpr uint32_t kMask = kIntegerStep == 4 ? kByte * 0x01010101u : kByte * 0x00010001u;
     return (words >> unsigned(step * BITS)) & kMask;
 }
 

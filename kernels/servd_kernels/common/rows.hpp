@@ -106,9 +106,10 @@ SERVD_INLINE int32_t sum_integers(vi v) {
 template <int BITS, class T>
 SERVD_INLINE int32_t quantize_segment(const T* x, int64_t n, RowCode* out, float* scale) {
     *scale = largest_magnitude(x, n) / 127.f;
+    vf inverse = broadcast(1.f / *scale);
     vi total{};
     for (int64_t i = 0; i < n; i += W) {
-        vi codes = round_to_integer(clamp(load_n(x + i, lesser(int64_t(W), n - i)) / *scale, 127.f));
+        vi codes = round_to_integer(clamp(load_n(x + i, lesser(int64_t(W), n - i)) * inverse, 127.f));
         total += codes;
         store_codes<BITS>(out + i, codes);
     }

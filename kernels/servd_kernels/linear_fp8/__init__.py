@@ -3,7 +3,7 @@ Does not know layers, nor how codes are made (weight_quant.py; Micikevicius et a
 
 import torch
 
-from servd_kernels.linear.packed import ACTIVATIONS as ACTIVATION_FUNCTIONS
+from servd_kernels.linear.packed import ACTIVATIONS as ACTIVATION_NAMES
 from servd_kernels.linear_fp8.packed import BoundLinear, PackedWeight
 from servd_kernels.registry import Op
 from servd_kernels.strides import check_last_stride
@@ -52,9 +52,9 @@ def linear_fp8(
     """x [num_rows, in_features], bias [out_features] -> [num_rows, out_features].
 
     x is float32, bfloat16 or float16; or, where the weight was packed for "fp8" activations, float8_e4m3fn codes with
-    x_scales float32 [num_rows]. Sums in float32 in one order, then times the scales, plus bias, through the
-    activation (silu, gelu, gelu_tanh or none), rounded once to out_dtype: x's by default, float32 where x is codes.
-    Raises ValueError for shapes or dtypes that do not fit.
+    x_scales float32 [num_rows]. Sums in float32 in one order, then activation(sum * x_scale * weight_scale + bias),
+    rounded once to out_dtype: x's by default, float32 where x is codes. Activations: silu, gelu, gelu_tanh. Raises
+    ValueError for shapes, dtypes or an activation that do not fit.
     """
     if x.dim() != 2 or x.shape[1] != packed.in_features:
         raise ValueError(f"x must be [num_rows, {packed.in_features}], not {list(x.shape)}")
@@ -70,6 +70,6 @@ def linear_fp8(
     check_last_stride(bias=bias)
     if out_dtype is not None and out_dtype not in FLOATS:
         raise ValueError(f"out_dtype is {out_dtype}; allowed: {', '.join(map(str, FLOATS))}")
-    if activation not in ACTIVATION_FUNCTIONS:
-        raise ValueError(f"activation is {activation!r}; allowed: {', '.join(map(str, ACTIVATION_FUNCTIONS))}")
+    if activation not in ACTIVATION_NAMES:
+        raise ValueError(f"activation is {activation!r}; allowed: {', '.join(map(str, ACTIVATION_NAMES))}")
     return packed.run(x, packed, bias, out_dtype, x_scales, activation)

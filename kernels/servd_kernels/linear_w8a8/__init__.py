@@ -3,7 +3,7 @@ Does not know layers, nor how codes are made (weight_quant.py; Dettmers et al. 2
 
 import torch
 
-from servd_kernels.linear.packed import ACTIVATIONS as ACTIVATION_FUNCTIONS
+from servd_kernels.linear.packed import ACTIVATIONS as ACTIVATION_NAMES
 from servd_kernels.linear_w8a8.packed import BoundLinear, PackedWeight
 from servd_kernels.registry import Op
 from servd_kernels.strides import check_last_stride
@@ -57,9 +57,9 @@ def linear_w8a8(
     x is float32, bfloat16 or float16 and quantized here, each row (or group of columns) by its absmax / 127; or it is
     int8 codes, with x_scales float32 [num_rows], or [num_rows, num_groups] where the weight was packed for groups.
     Sums over whole rows are exact integers; sums of groups are added in float32 in ascending order. Then
-    activation(sum * x_scale * weight_scale + bias) (silu, gelu, gelu_tanh or none), rounded once to
-    out_dtype: x's by default, float32 where x is codes. A row with NaN or infinity comes out as NaN.
-    Raises ValueError for shapes or dtypes that do not fit.
+    activation(sum * x_scale * weight_scale + bias), rounded once to out_dtype: x's by default, float32 where x is
+    codes. Activations: silu, gelu, gelu_tanh. A row with NaN or infinity comes out as NaN. Raises ValueError for
+    shapes, dtypes or an activation that do not fit.
     """
     if x.dim() != 2 or x.shape[1] != packed.in_features:
         raise ValueError(f"x must be [num_rows, {packed.in_features}], not {list(x.shape)}")
@@ -71,8 +71,8 @@ def linear_w8a8(
     check_last_stride(bias=bias)
     if out_dtype is not None and out_dtype not in FLOATS:
         raise ValueError(f"out_dtype is {out_dtype}; allowed: {', '.join(map(str, FLOATS))}")
-    if activation not in ACTIVATION_FUNCTIONS:
-        raise ValueError(f"activation is {activation!r}; allowed: {', '.join(map(str, ACTIVATION_FUNCTIONS))}")
+    if activation not in ACTIVATION_NAMES:
+        raise ValueError(f"activation is {activation!r}; allowed: {', '.join(map(str, ACTIVATION_NAMES))}")
     return packed.run(x, packed, bias, out_dtype, x_scales, activation)
 
 

@@ -3,7 +3,7 @@ Does not know layers or files (Frantar et al. 2022, https://arxiv.org/abs/2210.1
 
 import torch
 
-from servd_kernels.linear.packed import ACTIVATIONS as ACTIVATION_FUNCTIONS
+from servd_kernels.linear.packed import ACTIVATIONS as ACTIVATION_NAMES
 from servd_kernels.linear_wna16.packed import ACTIVATIONS, FLOATS, BoundLinear, GroupedWeight, PackedWeight
 from servd_kernels.registry import Op
 from servd_kernels.strides import check_last_stride
@@ -54,9 +54,9 @@ def linear_wna16(
 ) -> torch.Tensor:
     """x [num_rows, in_features] float32, bfloat16 or float16, bias [out_features] -> [num_rows, out_features].
 
-    Sums in float32, group by group in ascending order whatever num_rows; codes are never rounded to x's dtype.
-    The activation (silu, gelu, gelu_tanh or none) follows the bias. Rounds once, to out_dtype: x's by
-    default. Raises ValueError for shapes or dtypes that do not fit.
+    activation(x @ weight.T + bias): silu, gelu, gelu_tanh or none. Sums in float32, group by group in ascending order
+    whatever num_rows; codes are never rounded to x's dtype. Rounds once, to out_dtype: x's by default. Raises
+    ValueError for shapes, dtypes or an activation that do not fit.
     """
     if x.dim() != 2 or x.shape[1] != packed.in_features:
         raise ValueError(f"x must be [num_rows, {packed.in_features}], not {list(x.shape)}")
@@ -66,6 +66,6 @@ def linear_wna16(
     for name, dtype in (("x", x.dtype), ("out_dtype", out_dtype or x.dtype)):
         if dtype not in FLOATS:
             raise ValueError(f"{name} is {dtype}; allowed: {', '.join(map(str, FLOATS))}")
-    if activation not in ACTIVATION_FUNCTIONS:
-        raise ValueError(f"activation is {activation!r}; allowed: {', '.join(map(str, ACTIVATION_FUNCTIONS))}")
+    if activation not in ACTIVATION_NAMES:
+        raise ValueError(f"activation is {activation!r}; allowed: {', '.join(map(str, ACTIVATION_NAMES))}")
     return packed.run(x, packed, bias, out_dtype, activation)

@@ -36,7 +36,8 @@ void integer_unit(const CodedCall& call, const IntegerRows& x, int64_t panel, in
             multiply_integers<BITS, ROWS>(x.codes.data + (first_row + row) * x.stride + first, x.stride, piece, length,
                                           prefetch, true, 0, x.sums.data, 0, dots);
             for (int r = 0; r < ROWS; ++r)
-                add_segment(x, first_row + row + r, s, scales, dots + r * kTileVectors, totals + (row + r) * kCodePanel);
+                add_segment(x, first_row + row + r, s, scales, dots + r * kTileVectors,
+                            totals + (row + r) * kCodePanel);
         });
     }
     finish_rows(call, totals, panel, first_row, rows);
