@@ -15,8 +15,131 @@ LANES = 64  # rows of a weight in one run
 INT4, INT8, E4M3 = 0, 1, 2
 
 _LANES = tl.constexpr(LANES)
-_INTERPRETED = tl.constexpr(INTERPRETED)
 _INT4, _INT8, _E4M3 = tl.constexpr(INT4), tl.constexpr(INT8), tl.constexpr(E4M3)
+
+# NVIDIA's instructions for four codes in one register ($2) to two pairs ($0, $1): each element from its own byte, one
+# operand and one result, so that Triton can decode in whatever layout the tensor cores take, with no detour through
+# shared memory. 0x43 above a 4-bit code is the bfloat16 128 + code, 0x64 above one of 8 bits the float16 1024 + code,
+# and 0x4B0000 above it the float32 2^23 + code. Every step is exact.
+# 128 + code - 136.
+LOW_TO_BFLOAT16 = tl.constexpr("""{
+    .reg .b32 a, b, m, n, o, z;
+    mov.b32 m, 0x000F000F;
+    mov.b32 n, 0x43004300;
+    mov.b32 o, 0x3F803F80;
+    mov.b32 z, 0xC308C308;
+    prmt.b32 a, $2, 0, 0x4140;
+    prmt.b32 b, $2, 0, 0x4342;
+    lop3.b32 a, a, m, n, 0xEA;
+    lop3.b32 b, b, m, n, 0xEA;
+    fma.rn.bf16x2 $0, a, o, z;
+    fma.rn.bf16x2 $1, b, o, z;
+}""")
+# The same of the upper four bits.
+HIGH_TO_BFLOAT16 = tl.constexpr("""{
+    .reg .b32 a, b, m, n, o, z;
+    mov.b32 m, 0x000F000F;
+    mov.b32 n, 0x43004300;
+    mov.b32 o, 0x3F803F80;
+    mov.b32 z, 0xC308C308;
+    prmt.b32 a, $2, 0, 0x4140;
+    prmt.b32 b, $2, 0, 0x4342;
+    shr.b32 a, a, 4;
+    shr.b32 b, b, 4;
+    lop3.b32 a, a, m, n, 0xEA;
+    lop3.b32 b, b, m, n, 0xEA;
+    fma.rn.bf16x2 $0, a, o, z;
+    fma.rn.bf16x2 $1, b, o, z;
+}""")
+# 2^23 + code - (2^23 + 128) in float32: bfloat16 has no room for 8 bits more.
+INT8_TO_BFLOAT16 = tl.constexpr("""{
+    .reg .b32 a, b, c, d, m;
+    mov.b32 m, 0x4B000000;
+    prmt.b32 a, $2, m, 0x7550;
+    prmt.b32 b, $2, m, 0x7551;
+    prmt.b32 c, $2, m, 0x7552;
+    prmt.b32 d, $2, m, 0x7553;
+    add.rn.f32 a, a, 0fCB000080;
+    add.rn.f32 b, b, 0fCB000080;
+    add.rn.f32 c, c, 0fCB000080;
+    add.rn.f32 d, d, 0fCB000080;
+    cvt.rn.bf16x2.f32 $0, b, a;
+    cvt.rn.bf16x2.f32 $1, d, c;
+}""")
+# The seven bits at their place in bfloat16 are 2^120 too small, subnormals too.
+E4M3_TO_BFLOAT16 = tl.constexpr("""{
+    .reg .b32 a, b, c, d;
+    prmt.b32 a, $2, 0, 0x1404;
+    prmt.b32 b, $2, 0, 0x3424;
+    shr.b32 c, a, 4;
+    shr.b32 d, b, 4;
+    and.b32 c, c, 0x07F007F0;
+    and.b32 d, d, 0x07F007F0;
+    lop3.b32 a, a, 0x80008000, c, 0xEA;
+    lop3.b32 b, b, 0x80008000, d, 0xEA;
+    mov.b32 c, 0x7B807B80;
+    mov.b32 d, 0x80008000;
+    fma.rn.bf16x2 $0, a, c, d;
+    fma.rn.bf16x2 $1, b, c, d;
+}""")
+# 1024 + code - 1032.
+LOW_TO_FLOAT16 = tl.constexpr("""{
+    .reg .b32 a, b, m, n, z;
+    mov.b32 m, 0x000F000F;
+    mov.b32 n, 0x64006400;
+    mov.b32 z, 0xE408E408;
+    prmt.b32 a, $2, 0, 0x4140;
+    prmt.b32 b, $2, 0, 0x4342;
+    lop3.b32 a, a, m, n, 0xEA;
+    lop3.b32 b, b, m, n, 0xEA;
+    add.rn.f16x2 $0, a, z;
+    add.rn.f16x2 $1, b, z;
+}""")
+# The same of the upper four bits.
+HIGH_TO_FLOAT16 = tl.constexpr("""{
+    .reg .b32 a, b, m, n, z;
+    mov.b32 m, 0x000F000F;
+    mov.b32 n, 0x64006400;
+    mov.b32 z, 0xE408E408;
+    prmt.b32 a, $2, 0, 0x4140;
+    prmt.b32 b, $2, 0, 0x4342;
+    shr.b32 a, a, 4;
+    shr.b32 b, b, 4;
+    lop3.b32 a, a, m, n, 0xEA;
+    lop3.b32 b, b, m, n, 0xEA;
+    add.rn.f16x2 $0, a, z;
+    add.rn.f16x2 $1, b, z;
+}""")
+# 1024 + code - 1152.
+INT8_TO_FLOAT16 = tl.constexpr("""{
+    .reg .b32 a, b, m, z;
+    mov.b32 m, 0x64646464;
+    mov.b32 z, 0xE480E480;
+    prmt.b32 a, $2, m, 0x4140;
+    prmt.b32 b, $2, m, 0x4342;
+    add.rn.f16x2 $0, a, z;
+    add.rn.f16x2 $1, b, z;
+}""")
+# The seven bits at their place in float16 are 2^8 too small, subnormals too.
+E4M3_TO_FLOAT16 = tl.constexpr("""{
+    .reg .b32 a, b, c, d;
+    prmt.b32 a, $2, 0, 0x1404;
+    prmt.b32 b, $2, 0, 0x3424;
+    shr.b32 c, a, 1;
+    shr.b32 d, b, 1;
+    and.b32 c, c, 0x3F803F80;
+    and.b32 d, d, 0x3F803F80;
+    lop3.b32 a, a, 0x80008000, c, 0xEA;
+    lop3.b32 b, b, 0x80008000, d, 0xEA;
+    mov.b32 c, 0x5C005C00;
+    mul.rn.f16x2 $0, a, c;
+    mul.rn.f16x2 $1, b, c;
+}""")
+
+
+def decodes_pairs(arch: str) -> bool:
+    """Whether `decode` may be FAST there. The interpreter knows no machine's instructions."""
+    return arch.startswith("sm_") and not INTERPRETED
 
 
 def pack_codes(codes: torch.Tensor, width: int, halves: int) -> torch.Tensor:
@@ -44,27 +167,32 @@ def code_pointers(codes, column, steps, COLUMNS: tl.constexpr, WIDTH: tl.constex
 
 
 @triton.jit
+def _pairs(codes, INSTRUCTIONS: tl.constexpr, DTYPE: tl.constexpr):
+    return tl.inline_asm_elementwise(INSTRUCTIONS, "=r,=r,r", [codes], dtype=DTYPE, is_pure=True, pack=4)
+
+
+@triton.jit
 def decode(codes, DTYPE: tl.constexpr, CODE: tl.constexpr, HALF: tl.constexpr, FAST: tl.constexpr):
     """codes uint8 [COLUMNS, WIDTH] -> numbers of DTYPE, exact: e4m3, or codes less the middle of their range (8 or
     128); of 4-bit codes the first or second half. FAST: by NVIDIA's instructions on pairs."""
     if FAST and DTYPE == tl.bfloat16:
         if CODE == _E4M3:
-            result = _e4m3_to_bfloat16(codes)
+            result = _pairs(codes, E4M3_TO_BFLOAT16, DTYPE)
         elif CODE == _INT8:
-            result = _int8_to_bfloat16(codes)
+            result = _pairs(codes, INT8_TO_BFLOAT16, DTYPE)
         elif HALF == 0:
-            result = _low_to_bfloat16(codes)
+            result = _pairs(codes, LOW_TO_BFLOAT16, DTYPE)
         else:
-            result = _high_to_bfloat16(codes)
+            result = _pairs(codes, HIGH_TO_BFLOAT16, DTYPE)
     elif FAST and DTYPE == tl.float16:
         if CODE == _E4M3:
-            result = _e4m3_to_float16(codes)
+            result = _pairs(codes, E4M3_TO_FLOAT16, DTYPE)
         elif CODE == _INT8:
-            result = _int8_to_float16(codes)
+            result = _pairs(codes, INT8_TO_FLOAT16, DTYPE)
         elif HALF == 0:
-            result = _low_to_float16(codes)
+            result = _pairs(codes, LOW_TO_FLOAT16, DTYPE)
         else:
-            result = _high_to_float16(codes)
+            result = _pairs(codes, HIGH_TO_FLOAT16, DTYPE)
     elif CODE == _E4M3:
         result = decode_e4m3(codes).to(DTYPE)
     else:
@@ -82,178 +210,3 @@ def decode_int8(codes, CODE: tl.constexpr, HALF: tl.constexpr):
     else:
         result = (codes >> 4).to(tl.int8, bitcast=True) - 8
     return result
-
-
-# Of one operand and one result, each element from its own byte: so that Triton can decode in whatever layout the tensor
-# cores take, with no detour through shared memory. 0x43 above a 4-bit code is the bfloat16 128 + code, 0x64 above an
-# 8-bit one the float16 1024 + code, and 0x4B0000 above it the float32 2^23 + code.
-
-
-@triton.jit
-def _low_to_bfloat16(codes):
-    """128 + code - 136."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, b, m, n, o, z;
-        mov.b32 m, 0x000F000F;
-        mov.b32 n, 0x43004300;
-        mov.b32 o, 0x3F803F80;
-        mov.b32 z, 0xC308C308;
-        prmt.b32 a, $2, 0, 0x4140;
-        prmt.b32 b, $2, 0, 0x4342;
-        lop3.b32 a, a, m, n, 0xEA;
-        lop3.b32 b, b, m, n, 0xEA;
-        fma.rn.bf16x2 $0, a, o, z;
-        fma.rn.bf16x2 $1, b, o, z;
-        }""",
-        "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def _high_to_bfloat16(codes):
-    """The same of the upper four bits."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, b, m, n, o, z;
-        mov.b32 m, 0x000F000F;
-        mov.b32 n, 0x43004300;
-        mov.b32 o, 0x3F803F80;
-        mov.b32 z, 0xC308C308;
-        prmt.b32 a, $2, 0, 0x4140;
-        prmt.b32 b, $2, 0, 0x4342;
-        shr.b32 a, a, 4;
-        shr.b32 b, b, 4;
-        lop3.b32 a, a, m, n, 0xEA;
-        lop3.b32 b, b, m, n, 0xEA;
-        fma.rn.bf16x2 $0, a, o, z;
-        fma.rn.bf16x2 $1, b, o, z;
-        }""",
-        "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def _int8_to_bfloat16(codes):
-    """2^23 + code - (2^23 + 128) in float32: bfloat16 has no room for both."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, b, c, d, m;
-        mov.b32 m, 0x4B000000;
-        prmt.b32 a, $2, m, 0x7550;
-        prmt.b32 b, $2, m, 0x7551;
-        prmt.b32 c, $2, m, 0x7552;
-        prmt.b32 d, $2, m, 0x7553;
-        add.rn.f32 a, a, 0fCB000080;
-        add.rn.f32 b, b, 0fCB000080;
-        add.rn.f32 c, c, 0fCB000080;
-        add.rn.f32 d, d, 0fCB000080;
-        cvt.rn.bf16x2.f32 $0, b, a;
-        cvt.rn.bf16x2.f32 $1, d, c;
-        }""",
-        "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def _e4m3_to_bfloat16(codes):
-    """The seven bits at their place in bfloat16 are 2^120 too small, subnormals too."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, b, c, d;
-        prmt.b32 a, $2, 0, 0x1404;
-        prmt.b32 b, $2, 0, 0x3424;
-        shr.b32 c, a, 4;
-        shr.b32 d, b, 4;
-        and.b32 c, c, 0x07F007F0;
-        and.b32 d, d, 0x07F007F0;
-        lop3.b32 a, a, 0x80008000, c, 0xEA;
-        lop3.b32 b, b, 0x80008000, d, 0xEA;
-        mov.b32 c, 0x7B807B80;
-        mov.b32 d, 0x80008000;
-        fma.rn.bf16x2 $0, a, c, d;
-        fma.rn.bf16x2 $1, b, c, d;
-        }""",
-        "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def _low_to_float16(codes):
-    """1024 + code - 1032."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, b, m, n, z;
-        mov.b32 m, 0x000F000F;
-        mov.b32 n, 0x64006400;
-        mov.b32 z, 0xE408E408;
-        prmt.b32 a, $2, 0, 0x4140;
-        prmt.b32 b, $2, 0, 0x4342;
-        lop3.b32 a, a, m, n, 0xEA;
-        lop3.b32 b, b, m, n, 0xEA;
-        add.rn.f16x2 $0, a, z;
-        add.rn.f16x2 $1, b, z;
-        }""",
-        "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def _high_to_float16(codes):
-    """The same of the upper four bits."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, b, m, n, z;
-        mov.b32 m, 0x000F000F;
-        mov.b32 n, 0x64006400;
-        mov.b32 z, 0xE408E408;
-        prmt.b32 a, $2, 0, 0x4140;
-        prmt.b32 b, $2, 0, 0x4342;
-        shr.b32 a, a, 4;
-        shr.b32 b, b, 4;
-        lop3.b32 a, a, m, n, 0xEA;
-        lop3.b32 b, b, m, n, 0xEA;
-        add.rn.f16x2 $0, a, z;
-        add.rn.f16x2 $1, b, z;
-        }""",
-        "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def _int8_to_float16(codes):
-    """1024 + code - 1152."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, b, m, z;
-        mov.b32 m, 0x64646464;
-        mov.b32 z, 0xE480E480;
-        prmt.b32 a, $2, m, 0x4140;
-        prmt.b32 b, $2, m, 0x4342;
-        add.rn.f16x2 $0, a, z;
-        add.rn.f16x2 $1, b, z;
-        }""",
-        "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def _e4m3_to_float16(codes):
-    """The seven bits at their place in float16 are 2^8 too small, subnormals too."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, b, c, d;
-        prmt.b32 a, $2, 0, 0x1404;
-        prmt.b32 b, $2, 0, 0x3424;
-        shr.b32 c, a, 1;
-        shr.b32 d, b, 1;
-        and.b32 c, c, 0x3F803F80;
-        and.b32 d, d, 0x3F803F80;
-        lop3.b32 a, a, 0x80008000, c, 0xEA;
-        lop3.b32 b, b, 0x80008000, d, 0xEA;
-        mov.b32 c, 0x5C005C00;
-        mul.rn.f16x2 $0, a, c;
-        mul.rn.f16x2 $1, b, c;
-        }""",
-        "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4,
-    )  # fmt: skip

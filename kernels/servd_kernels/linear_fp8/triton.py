@@ -25,7 +25,7 @@ from servd_kernels.triton_gemm import (
     scale_tile,
     store_tile,
 )
-from servd_kernels.triton_gemm_codes import E4M3, LANES, code_pointers, decode, pack_codes
+from servd_kernels.triton_gemm_codes import E4M3, LANES, code_pointers, decode, decodes_pairs, pack_codes
 from servd_kernels.triton_support import ARCHITECTURES, CompileCase, unsupported
 from servd_kernels.weight_quant import FP8
 
@@ -150,7 +150,7 @@ def launch(
     if not meets_codes:
         _decoding_kernel[grid](
             x, packed.data, x_scales, packed.scales, bias, out, len(x), columns, depth, x.stride(0), BLOCK=WIDTH,
-            FAST=arch.startswith("sm_"), IS_EVEN=depth % WIDTH == 0, PRECISION=triton_gemm.precision(arch), **choices,
+            FAST=decodes_pairs(arch), IS_EVEN=depth % WIDTH == 0, PRECISION=triton_gemm.precision(arch), **choices,
         )  # fmt: skip
         return
     block = triton_gemm.block_for(arch, FP8)
@@ -192,7 +192,7 @@ def _case(name: str, arch: str, rows: int, meets_codes: bool) -> CompileCase:
     else:
         pointers |= {"x": "*bf16", "weight": "*u8"}
         constants |= {
-            "x_scales": None, "BLOCK": WIDTH, "FAST": arch.startswith("sm_"), "PRECISION": triton_gemm.precision(arch)
+            "x_scales": None, "BLOCK": WIDTH, "FAST": decodes_pairs(arch), "PRECISION": triton_gemm.precision(arch)
         }  # fmt: skip
     return triton_gemm.case(
         f"{name} {triton_gemm.class_name(rows)}", arch, tiles, _codes_kernel if meets_codes else _decoding_kernel,

@@ -31,6 +31,7 @@ from servd_kernels.triton_gemm_codes import (
     code_pointers,
     decode,
     decode_int8,
+    decodes_pairs,
     pack_codes,
     pack_groups,
 )
@@ -304,7 +305,7 @@ def launch(
         return
     _kernel[grid](
         x, packed.data, packed.scales, bias, out, *sizes, x.stride(0), packed.group_size,
-        FAST=arch.startswith("sm_"), PRECISION=triton_gemm.precision(arch), **choices,
+        FAST=decodes_pairs(arch), PRECISION=triton_gemm.precision(arch), **choices,
     )  # fmt: skip
 
 
@@ -357,7 +358,7 @@ def _case(name: str, arch: str, rows: int, bits: int, group: int, form: Form, ac
         integers += ("x_groups",)
         constants["IS_SYMMETRIC"] = form.is_symmetric
     else:
-        constants |= {"FAST": arch.startswith("sm_"), "PRECISION": triton_gemm.precision(arch)}
+        constants |= {"FAST": decodes_pairs(arch), "PRECISION": triton_gemm.precision(arch)}
     return triton_gemm.case(
         f"{name} {triton_gemm.class_name(rows)}", arch, tiles, _int8_kernel if is_int8 else _kernel, pointers,
         integers, constants,
