@@ -21,35 +21,27 @@ _INT4, _INT8, _E4M3 = tl.constexpr(INT4), tl.constexpr(INT8), tl.constexpr(E4M3)
 # operand and one result, so that Triton can decode in whatever layout the tensor cores take, with no detour through
 # shared memory. 0x43 above a 4-bit code is the bfloat16 128 + code, 0x64 above one of 8 bits the float16 1024 + code,
 # and 0x4B0000 above it the float32 2^23 + code. Every step is exact.
-# 128 + code - 136.
+# 128 + code.
 LOW_TO_BFLOAT16 = tl.constexpr("""{
-    .reg .b32 a, b, m, n, o, z;
+    .reg .b32 a, b, m, n;
     mov.b32 m, 0x000F000F;
     mov.b32 n, 0x43004300;
-    mov.b32 o, 0x3F803F80;
-    mov.b32 z, 0xC308C308;
     prmt.b32 a, $2, 0, 0x4140;
     prmt.b32 b, $2, 0, 0x4342;
-    lop3.b32 a, a, m, n, 0xEA;
-    lop3.b32 b, b, m, n, 0xEA;
-    fma.rn.bf16x2 $0, a, o, z;
-    fma.rn.bf16x2 $1, b, o, z;
+    lop3.b32 $0, a, m, n, 0xEA;
+    lop3.b32 $1, b, m, n, 0xEA;
 }""")
 # The same of the upper four bits.
 HIGH_TO_BFLOAT16 = tl.constexpr("""{
-    .reg .b32 a, b, m, n, o, z;
+    .reg .b32 a, b, m, n;
     mov.b32 m, 0x000F000F;
     mov.b32 n, 0x43004300;
-    mov.b32 o, 0x3F803F80;
-    mov.b32 z, 0xC308C308;
     prmt.b32 a, $2, 0, 0x4140;
     prmt.b32 b, $2, 0, 0x4342;
     shr.b32 a, a, 4;
     shr.b32 b, b, 4;
-    lop3.b32 a, a, m, n, 0xEA;
-    lop3.b32 b, b, m, n, 0xEA;
-    fma.rn.bf16x2 $0, a, o, z;
-    fma.rn.bf16x2 $1, b, o, z;
+    lop3.b32 $0, a, m, n, 0xEA;
+    lop3.b32 $1, b, m, n, 0xEA;
 }""")
 # 2^23 + code - (2^23 + 128) in float32: bfloat16 has no room for 8 bits more.
 INT8_TO_BFLOAT16 = tl.constexpr("""{
@@ -82,43 +74,34 @@ E4M3_TO_BFLOAT16 = tl.constexpr("""{
     fma.rn.bf16x2 $0, a, c, d;
     fma.rn.bf16x2 $1, b, c, d;
 }""")
-# 1024 + code - 1032.
+# 1024 + code.
 LOW_TO_FLOAT16 = tl.constexpr("""{
-    .reg .b32 a, b, m, n, z;
+    .reg .b32 a, b, m, n;
     mov.b32 m, 0x000F000F;
     mov.b32 n, 0x64006400;
-    mov.b32 z, 0xE408E408;
     prmt.b32 a, $2, 0, 0x4140;
     prmt.b32 b, $2, 0, 0x4342;
-    lop3.b32 a, a, m, n, 0xEA;
-    lop3.b32 b, b, m, n, 0xEA;
-    add.rn.f16x2 $0, a, z;
-    add.rn.f16x2 $1, b, z;
+    lop3.b32 $0, a, m, n, 0xEA;
+    lop3.b32 $1, b, m, n, 0xEA;
 }""")
 # The same of the upper four bits.
 HIGH_TO_FLOAT16 = tl.constexpr("""{
-    .reg .b32 a, b, m, n, z;
+    .reg .b32 a, b, m, n;
     mov.b32 m, 0x000F000F;
     mov.b32 n, 0x64006400;
-    mov.b32 z, 0xE408E408;
     prmt.b32 a, $2, 0, 0x4140;
     prmt.b32 b, $2, 0, 0x4342;
     shr.b32 a, a, 4;
     shr.b32 b, b, 4;
-    lop3.b32 a, a, m, n, 0xEA;
-    lop3.b32 b, b, m, n, 0xEA;
-    add.rn.f16x2 $0, a, z;
-    add.rn.f16x2 $1, b, z;
+    lop3.b32 $0, a, m, n, 0xEA;
+    lop3.b32 $1, b, m, n, 0xEA;
 }""")
-# 1024 + code - 1152.
+# 1024 + code.
 INT8_TO_FLOAT16 = tl.constexpr("""{
-    .reg .b32 a, b, m, z;
+    .reg .b32 m;
     mov.b32 m, 0x64646464;
-    mov.b32 z, 0xE480E480;
-    prmt.b32 a, $2, m, 0x4140;
-    prmt.b32 b, $2, m, 0x4342;
-    add.rn.f16x2 $0, a, z;
-    add.rn.f16x2 $1, b, z;
+    prmt.b32 $0, $2, m, 0x4140;
+    prmt.b32 $1, $2, m, 0x4342;
 }""")
 # The seven bits at their place in float16 are 2^8 too small, subnormals too.
 E4M3_TO_FLOAT16 = tl.constexpr("""{
@@ -142,14 +125,23 @@ def decodes_pairs(arch: str) -> bool:
     return arch.startswith("sm_") and not INTERPRETED
 
 
-def pack_codes(codes: torch.Tensor, width: int, halves: int) -> torch.Tensor:
+def is_woven(arch: str) -> bool:
+    """Whether a row's bytes lie in the order of wgmma's threads: a thread of four takes columns 2t, 2t + 1, 2t + 8 and
+    2t + 9 of every 16, by one load of 16 bytes where they are neighbours. Elsewhere Triton finds loads of 4 or more."""
+    return arch == "sm_90"
+
+
+def pack_codes(codes: torch.Tensor, width: int, halves: int, woven: bool = False) -> torch.Tensor:
     """codes uint8 [out_features, in_features] -> [out_features / LANES, steps, LANES, width] bytes, zeros at the ends;
     a step is `halves` (2 for 4-bit codes) times width columns."""
     rows, columns = codes.shape
     steps = triton.cdiv(columns, width * halves)
     padded = functional.pad(codes, (0, steps * width * halves - columns, 0, -rows % LANES))
     parts = padded.view(-1, LANES, steps, halves, width).permute(3, 0, 2, 1, 4)
-    return (parts[0] if halves == 1 else parts[0] | parts[1] << 4).contiguous()
+    packed = parts[0] if halves == 1 else parts[0] | parts[1] << 4
+    if woven:
+        packed = packed.unflatten(-1, (width // 16, 2, 4, 2)).permute(0, 1, 2, 5, 3, 4, 6).flatten(-4)
+    return packed.contiguous()
 
 
 def pack_groups(per_group: torch.Tensor) -> torch.Tensor:
@@ -167,14 +159,47 @@ def code_pointers(codes, column, steps, COLUMNS: tl.constexpr, WIDTH: tl.constex
 
 
 @triton.jit
+def load_codes(pointers, IS_WOVEN: tl.constexpr):
+    """A step's bytes [COLUMNS, WIDTH], in the order of columns."""
+    codes = tl.load(pointers)
+    if IS_WOVEN:
+        COLUMNS: tl.constexpr = codes.shape[0]
+        WIDTH: tl.constexpr = codes.shape[1]
+        codes = codes.reshape(COLUMNS, 4, WIDTH // 16, 2, 2).permute(0, 2, 3, 1, 4).reshape(COLUMNS, WIDTH)
+    return codes
+
+
+@triton.jit
 def _pairs(codes, INSTRUCTIONS: tl.constexpr, DTYPE: tl.constexpr):
-    return tl.inline_asm_elementwise(INSTRUCTIONS, "=r,=r,r", [codes], dtype=DTYPE, is_pure=True, pack=4)
+    if DTYPE == tl.bfloat16:
+        result = tl.inline_asm_elementwise(INSTRUCTIONS, "=r,=r,r", [codes], tl.bfloat16, is_pure=True, pack=4)
+    else:
+        result = tl.inline_asm_elementwise(INSTRUCTIONS, "=r,=r,r", [codes], tl.float16, is_pure=True, pack=4)
+    return result
+
+
+@triton.jit
+def unbias(DTYPE: tl.constexpr, CODE: tl.constexpr, FAST: tl.constexpr):
+    """What to add to decoded codes to have them as they are. It is for the caller, who adds more in the same step."""
+    if FAST and DTYPE == tl.bfloat16 and CODE == _INT4:
+        amount = -128.0
+    elif FAST and DTYPE == tl.float16:
+        amount = -1024.0
+    else:
+        amount = middle(CODE)
+    return amount
+
+
+@triton.jit
+def middle(CODE: tl.constexpr):
+    """Of the range of codes: their zero point where none is given."""
+    return 8.0 if CODE == _INT4 else 128.0
 
 
 @triton.jit
 def decode(codes, DTYPE: tl.constexpr, CODE: tl.constexpr, HALF: tl.constexpr, FAST: tl.constexpr):
-    """codes uint8 [COLUMNS, WIDTH] -> numbers of DTYPE, exact: e4m3, or codes less the middle of their range (8 or
-    128); of 4-bit codes the first or second half. FAST: by NVIDIA's instructions on pairs."""
+    """codes uint8 [COLUMNS, WIDTH] -> numbers of DTYPE, exact: e4m3, or codes that `unbias` is still to be added to; of
+    4-bit codes the first or second half. FAST: by NVIDIA's instructions on pairs."""
     if FAST and DTYPE == tl.bfloat16:
         if CODE == _E4M3:
             result = _pairs(codes, E4M3_TO_BFLOAT16, DTYPE)

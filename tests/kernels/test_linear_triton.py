@@ -44,7 +44,7 @@ def cases(name: str, arch: str) -> tuple[torch.Tensor, Run, torch.Tensor]:
         inputs = wna16_reference.make_inputs(ROWS, COLUMNS, DEPTH, 4, 32, False, dtype)
         weight, bias = inputs["weight"], inputs["bias"]
         expected = linear_wna16.linear_wna16(inputs["x"], wna16_reference.pack(weight, activations), bias)
-        launch = (wna16.launch, wna16.pack(weight, activations), bias, None)
+        launch = (wna16.launch, wna16.pack_for(arch, weight, activations), bias, None)
     else:
         activations = "fp8" if name == "fp8" else "none"
         inputs = fp8_reference.make_inputs(ROWS, COLUMNS, DEPTH, True, dtype)

@@ -25,7 +25,16 @@ from servd_kernels.triton_gemm import (
     scale_tile,
     store_tile,
 )
-from servd_kernels.triton_gemm_codes import E4M3, LANES, code_pointers, decode, decodes_pairs, pack_codes
+from servd_kernels.triton_gemm_codes import (
+    E4M3,
+    LANES,
+    code_pointers,
+    decode,
+    decodes_pairs,
+    is_woven,
+    load_codes,
+    pack_codes,
+)
 from servd_kernels.triton_support import ARCHITECTURES, CompileCase, unsupported
 from servd_kernels.weight_quant import FP8
 
@@ -59,7 +68,7 @@ def pack_for(arch: str, codes: torch.Tensor, scales: torch.Tensor, activations: 
     if _meets_codes(arch, activations):
         data = torch.nn.functional.pad(data, (0, -columns % 16)).view(FP8)
     else:
-        data = pack_codes(data, WIDTH, 1)
+        data = pack_codes(data, WIDTH, 1, is_woven(arch))
     return PackedWeight(data, scales, rows, columns, activations, run)
 
 
@@ -86,8 +95,8 @@ def _codes_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def _decoding_kernel(
     x, weight, x_scales, scales, bias, out, num_rows, num_columns, depth, x_stride,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
-    IS_EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, IS_WOVEN: tl.constexpr,
+    FAST: tl.constexpr, IS_EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, column = program_tile(num_rows, num_columns, ROWS, COLUMNS)
     steps = tl.cdiv(depth, BLOCK)
@@ -95,7 +104,7 @@ def _decoding_kernel(
     x_rows = row_pointers(x, row, num_rows, x_stride, ROWS, BLOCK)
     acc = tl.zeros([COLUMNS, ROWS], tl.float32)
     for step in range(steps):
-        codes = decode(tl.load(runs + step * (_LANES * BLOCK)), x.dtype.element_ty, _E4M3, 0, FAST)
+        codes = decode(load_codes(runs + step * (_LANES * BLOCK), IS_WOVEN), x.dtype.element_ty, _E4M3, 0, FAST)
         acc = dot(codes, load_columns(x_rows, step * BLOCK, depth, BLOCK, IS_EVEN).T, acc, PRECISION)
     values = scale_tile(acc.T, x_scales, scales, row, column, num_rows, num_columns, ROWS, COLUMNS)
     values = activate(add_row(values, bias, column, num_columns, COLUMNS), ACTIVATION)
@@ -150,7 +159,8 @@ def launch(
     if not meets_codes:
         _decoding_kernel[grid](
             x, packed.data, x_scales, packed.scales, bias, out, len(x), columns, depth, x.stride(0), BLOCK=WIDTH,
-            FAST=decodes_pairs(arch), IS_EVEN=depth % WIDTH == 0, PRECISION=triton_gemm.precision(arch), **choices,
+            IS_WOVEN=is_woven(arch), FAST=decodes_pairs(arch), IS_EVEN=depth % WIDTH == 0,
+            PRECISION=triton_gemm.precision(arch), **choices,
         )  # fmt: skip
         return
     block = triton_gemm.block_for(arch, FP8)
@@ -192,7 +202,8 @@ def _case(name: str, arch: str, rows: int, meets_codes: bool) -> CompileCase:
     else:
         pointers |= {"x": "*bf16", "weight": "*u8"}
         constants |= {
-            "x_scales": None, "BLOCK": WIDTH, "FAST": decodes_pairs(arch), "PRECISION": triton_gemm.precision(arch)
+            "x_scales": None, "BLOCK": WIDTH, "IS_WOVEN": is_woven(arch), "FAST": decodes_pairs(arch),
+            "PRECISION": triton_gemm.precision(arch),
         }  # fmt: skip
     return triton_gemm.case(
         f"{name} {triton_gemm.class_name(rows)}", arch, tiles, _codes_kernel if meets_codes else _decoding_kernel,

@@ -32,13 +32,18 @@ from servd_kernels.triton_gemm_codes import (
     decode,
     decode_int8,
     decodes_pairs,
+    is_woven,
+    load_codes,
+    middle,
     pack_codes,
     pack_groups,
+    unbias,
 )
 from servd_kernels.triton_support import ARCHITECTURES, INTERPRETED, POINTERS, CompileCase, unsupported
 
 MAX_WIDTH = 64  # bytes of codes in a step, of one row
 MAX_ACTIVATION_GROUP = 256
+_WHOLE_ROW = 1 << 30  # stands for every group size that no row exceeds, so that they share one kernel
 
 _INT4 = tl.constexpr(INT4)
 _LANES = tl.constexpr(LANES)
@@ -73,12 +78,18 @@ def _width(group_size: int, in_features: int) -> int:
 
 
 def pack(weight: GroupedWeight, activations: str = "none") -> PackedWeight:
+    return pack_for(triton_gemm.architecture_of(weight.codes.device), weight, activations)
+
+
+def pack_for(arch: str, weight: GroupedWeight, activations: str) -> PackedWeight:
+    """As `pack`, for an architecture."""
     rows, columns = weight.codes.shape
-    width = _width(weight.group_size, columns)
+    woven = is_woven(arch) and activations == "none"
+    codes = pack_codes(weight.codes, _width(weight.group_size, columns), 2 if weight.bits == 4 else 1, woven)
+    form = Form(weight.scales.dtype, weight.zeros is None and weight.minima is None, weight.minima is not None)
     return PackedWeight(
-        pack_codes(weight.codes, width, 2 if weight.bits == 4 else 1), pack_groups(_words(weight)), None, rows,
-        columns, weight.bits, weight.group_size, activations, run,
-        form=Form(weight.scales.dtype, weight.zeros is None and weight.minima is None, weight.minima is not None),
+        codes, pack_groups(_words(weight)), None, rows, columns, weight.bits, weight.group_size, activations, run,
+        form=form,
     )  # fmt: skip
 
 
@@ -112,23 +123,22 @@ def _scale(word, SCALE: tl.constexpr):
 @triton.jit
 def _minimum(word, SCALE: tl.constexpr, CODE: tl.constexpr):
     """The minima in float32, for codes counted from their middle."""
-    scale = _scale(word, SCALE)
-    middle: tl.constexpr = 8.0 if CODE == _INT4 else 128.0
     if SCALE == tl.float32:
         above = _scale(word >> 32, SCALE)
     else:
         above = _scale(word >> 16, SCALE)
-    return tl.fma(scale, tl.full(scale.shape, middle, tl.float32), above)
+    scale = _scale(word, SCALE)
+    return tl.fma(scale, tl.full(scale.shape, middle(CODE), tl.float32), above)
 
 
 @triton.jit
-def _shift(word, SCALE: tl.constexpr, CODE: tl.constexpr):
-    """The middle of the codes less the zero points, in float32."""
+def _zero(word, SCALE: tl.constexpr):
+    """The zero points in float32."""
     if SCALE == tl.float32:
         zero = (word >> 32).to(tl.float32)
     else:
         zero = (word >> 16).to(tl.float32)
-    return (8.0 if CODE == _INT4 else 128.0) - zero
+    return zero
 
 
 @triton.jit
@@ -138,12 +148,14 @@ def _weight(
 ):  # fmt: skip
     """Codes less their group's zero points; less the middle of their range where there are minima."""
     weight = decode(codes, DTYPE, CODE, HALF, FAST)
-    if not HAS_MINIMA:
-        shift = _shift(word, SCALE, CODE)[:, None]
-        if _INTERPRETED:  # it adds the bit patterns of bfloat16
-            weight = (weight.to(tl.float32) + shift).to(DTYPE)
-        else:
-            weight += shift.to(DTYPE)
+    if HAS_MINIMA:
+        shift = tl.full([codes.shape[0], 1], unbias(DTYPE, CODE, FAST) - middle(CODE), tl.float32)
+    else:
+        shift = (unbias(DTYPE, CODE, FAST) - _zero(word, SCALE))[:, None]
+    if _INTERPRETED:  # it would add the bit patterns of bfloat16
+        weight = (weight.to(tl.float32) + shift).to(DTYPE)
+    else:
+        weight += shift.to(DTYPE)
     return weight
 
 
@@ -166,13 +178,14 @@ def _sums(tokens, acc, HAS_MINIMA: tl.constexpr, COLUMNS: tl.constexpr, PRECISIO
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _kernel(
-    x, codes, words, bias, out, num_rows, num_columns, depth, x_stride, group_size,
-    CODE: tl.constexpr, WIDTH: tl.constexpr, IS_SPLIT: tl.constexpr, SCALE: tl.constexpr, HAS_MINIMA: tl.constexpr,
-    FAST: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, IS_EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, codes, words, bias, out, num_rows, num_columns, depth, x_stride,
+    CODE: tl.constexpr, WIDTH: tl.constexpr, GROUP_SIZE: tl.constexpr, SCALE: tl.constexpr, HAS_MINIMA: tl.constexpr,
+    IS_WOVEN: tl.constexpr, FAST: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    IS_EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A step is WIDTH bytes of each row: of 4-bit codes 2 * WIDTH columns, in two groups where IS_SPLIT."""
+    """A step is WIDTH bytes of each row: of 4-bit codes 2 * WIDTH columns, of one group or of two."""
     STEP: tl.constexpr = 2 * WIDTH if CODE == _INT4 else WIDTH
+    IS_SPLIT: tl.constexpr = GROUP_SIZE < STEP
     DTYPE: tl.constexpr = x.dtype.element_ty
     row, column = program_tile(num_rows, num_columns, ROWS, COLUMNS)
     steps = tl.cdiv(depth, STEP)
@@ -184,8 +197,8 @@ def _kernel(
     total = empty
     for step in range(steps):
         start = step * STEP
-        word = tl.load(words + start // group_size * lanes)
-        code = tl.load(runs + step * (_LANES * WIDTH))
+        word = tl.load(words + start // GROUP_SIZE * lanes)
+        code = load_codes(runs + step * (_LANES * WIDTH), IS_WOVEN)
         tokens = load_columns(x_rows, start, depth, WIDTH, IS_EVEN).T
         part = dot(_weight(code, word, DTYPE, SCALE, HAS_MINIMA, CODE, 0, FAST), tokens, empty, PRECISION)
         sums = _sums(tokens, empty, HAS_MINIMA, COLUMNS, PRECISION)
@@ -194,7 +207,7 @@ def _kernel(
             if IS_SPLIT:
                 total = _add_group(total, part, sums, word, SCALE, HAS_MINIMA, CODE)
                 part, sums = empty, empty
-                word = tl.load(words + (start // group_size + 1) * lanes)
+                word = tl.load(words + (start // GROUP_SIZE + 1) * lanes)
             part = dot(_weight(code, word, DTYPE, SCALE, HAS_MINIMA, CODE, 1, FAST), tokens, part, PRECISION)
             sums = _sums(tokens, sums, HAS_MINIMA, COLUMNS, PRECISION)
         total = _add_group(total, part, sums, word, SCALE, HAS_MINIMA, CODE)
@@ -215,7 +228,7 @@ def _add_int8(
         if HAS_MINIMA:
             offset = _minimum(word, SCALE, CODE)
         else:
-            offset = _shift(word, SCALE, CODE) * scale
+            offset = (middle(CODE) - _zero(word, SCALE)) * scale
         sums = tl.sum(tokens.to(tl.int32), 0).to(tl.float32)
         part += offset[:, None] * sums[None, :]
     return total + part * x_scale[None, :]
@@ -223,27 +236,28 @@ def _add_int8(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _int8_kernel(
-    x, codes, x_scales, words, bias, out, num_rows, num_columns, depth, x_stride, group_size, x_groups,
-    CODE: tl.constexpr, WIDTH: tl.constexpr, IS_SPLIT: tl.constexpr, IS_SYMMETRIC: tl.constexpr, SCALE: tl.constexpr,
-    HAS_MINIMA: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, codes, x_scales, words, bias, out, num_rows, num_columns, depth, x_stride, x_groups,
+    CODE: tl.constexpr, WIDTH: tl.constexpr, GROUP_SIZE: tl.constexpr, SCALE: tl.constexpr, HAS_MINIMA: tl.constexpr,
+    IS_SYMMETRIC: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     IS_EVEN: tl.constexpr,
 ):  # fmt: skip
     """As _kernel, over x in int8 with scales [num_rows, x_groups] of the groups, or of 256 columns of longer ones."""
     STEP: tl.constexpr = 2 * WIDTH if CODE == _INT4 else WIDTH
+    IS_SPLIT: tl.constexpr = GROUP_SIZE < STEP
+    X_GROUP: tl.constexpr = GROUP_SIZE if GROUP_SIZE < _X_GROUP else _X_GROUP
     row, column = program_tile(num_rows, num_columns, ROWS, COLUMNS)
     steps = tl.cdiv(depth, STEP)
     runs = code_pointers(codes, column, steps, COLUMNS, WIDTH)
     x_rows = row_pointers(x, row, num_rows, x_stride, ROWS, WIDTH)
     words += column + tl.arange(0, COLUMNS)
     lanes = tl.cdiv(num_columns, _LANES) * _LANES
-    x_width = tl.minimum(group_size, _X_GROUP)
     x_scales += tl.minimum(row + tl.arange(0, ROWS), num_rows - 1).to(tl.int64) * x_groups
     total = tl.zeros([COLUMNS, ROWS], tl.float32)
     for step in range(steps):
         start = step * STEP
-        code = tl.load(runs + step * (_LANES * WIDTH))
-        word = tl.load(words + start // group_size * lanes)
-        x_scale = tl.load(x_scales + start // x_width)
+        code = load_codes(runs + step * (_LANES * WIDTH), False)
+        word = tl.load(words + start // GROUP_SIZE * lanes)
+        x_scale = tl.load(x_scales + start // X_GROUP)
         tokens = load_columns(x_rows, start, depth, WIDTH, IS_EVEN).T
         total = _add_int8(
             total, decode_int8(code, CODE, 0), tokens, word, x_scale, IS_SYMMETRIC, SCALE, HAS_MINIMA, CODE
@@ -251,8 +265,8 @@ def _int8_kernel(
         if CODE == _INT4:
             tokens = load_columns(x_rows, start + WIDTH, depth, WIDTH, IS_EVEN).T
             if IS_SPLIT:
-                word = tl.load(words + (start // group_size + 1) * lanes)
-                x_scale = tl.load(x_scales + tl.minimum(start // x_width + 1, x_groups - 1))
+                word = tl.load(words + (start // GROUP_SIZE + 1) * lanes)
+                x_scale = tl.load(x_scales + tl.minimum(start // X_GROUP + 1, x_groups - 1))
             total = _add_int8(
                 total, decode_int8(code, CODE, 1), tokens, word, x_scale, IS_SYMMETRIC, SCALE, HAS_MINIMA, CODE
             )
@@ -299,13 +313,13 @@ def launch(
         x_group = None if x_width >= packed.in_features else x_width
         x, x_scales = triton_gemm_rows.quantize(x, triton_gemm_rows.INT8, x_group)
         _int8_kernel[grid](
-            x, packed.data, x_scales, packed.scales, bias, out, *sizes, x.stride(0), packed.group_size,
+            x, packed.data, x_scales, packed.scales, bias, out, *sizes, x.stride(0),
             x_scales.numel() // len(x), IS_SYMMETRIC=form.is_symmetric, **choices,
         )  # fmt: skip
         return
     _kernel[grid](
-        x, packed.data, packed.scales, bias, out, *sizes, x.stride(0), packed.group_size,
-        FAST=decodes_pairs(arch), PRECISION=triton_gemm.precision(arch), **choices,
+        x, packed.data, packed.scales, bias, out, *sizes, x.stride(0),
+        IS_WOVEN=is_woven(arch), FAST=decodes_pairs(arch), PRECISION=triton_gemm.precision(arch), **choices,
     )  # fmt: skip
 
 
@@ -316,7 +330,7 @@ def _choices(bits: int, group_size: int, in_features: int, form: Form) -> dict[s
     return {
         "CODE": INT4 if bits == 4 else INT8,
         "WIDTH": width,
-        "IS_SPLIT": group_size < min(step, in_features),
+        "GROUP_SIZE": group_size if group_size < in_features else _WHOLE_ROW,
         "SCALE": _TYPES[form.scale_dtype],
         "HAS_MINIMA": form.has_minima,
         "IS_EVEN": in_features % step == 0,
@@ -352,13 +366,13 @@ def _case(name: str, arch: str, rows: int, bits: int, group: int, form: Form, ac
     pointers = {"x": "*i8" if is_int8 else pointer, "codes": "*u8", "words": "*i32", "out": pointer}
     constants = _choices(bits, group, 4096, form) | dict(triton_gemm.PLAIN_END)
     constants |= {"ROWS": tiles.rows, "COLUMNS": tiles.columns}
-    integers: tuple[str, ...] = ("num_rows", "num_columns", "depth", "x_stride", "group_size")
+    integers: tuple[str, ...] = ("num_rows", "num_columns", "depth", "x_stride")
     if is_int8:
         pointers["x_scales"] = "*fp32"
         integers += ("x_groups",)
         constants["IS_SYMMETRIC"] = form.is_symmetric
     else:
-        constants |= {"FAST": decodes_pairs(arch), "PRECISION": triton_gemm.precision(arch)}
+        constants |= {"IS_WOVEN": is_woven(arch), "FAST": decodes_pairs(arch), "PRECISION": triton_gemm.precision(arch)}
     return triton_gemm.case(
         f"{name} {triton_gemm.class_name(rows)}", arch, tiles, _int8_kernel if is_int8 else _kernel, pointers,
         integers, constants,
