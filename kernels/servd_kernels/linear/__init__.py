@@ -12,17 +12,22 @@ __all__ = ["OP", "BoundLinear", "PackedWeight", "linear", "pack"]
 OP = Op("linear")
 
 
-def pack(weight: torch.Tensor, backend: str | None = None, gated: bool = False) -> PackedWeight:
+def pack(
+    weight: torch.Tensor, backend: str | None = None, gated: bool = False, deterministic: bool = True
+) -> PackedWeight:
     """The weight [out_features, in_features] (float32, bfloat16 or float16) in the backend's own layout.
 
     With `gated` it is a gate matrix above an up matrix, [2 * out_features, in_features], and `linear` gives
-    activation(gate) * up (Shazeer 2020, "GLU Variants Improve Transformer"). Raises ValueError for another shape.
+    activation(gate) * up (Shazeer 2020, "GLU Variants Improve Transformer"). With deterministic=False a vendor's
+    routine may serve, whose bits depend on the batch. Raises ValueError for another shape.
     """
     if weight.dim() != 2:
         raise ValueError(f"weight must be [out_features, in_features], not {list(weight.shape)}")
     if gated and len(weight) % 2:
         raise ValueError(f"a gated weight must have as many up rows as gate rows, not {len(weight)} in all")
-    bound: BoundLinear = OP.bind(weight.device.type, weight.dtype, backend)  # type: ignore[assignment]
+    bound: BoundLinear = OP.bind(  # type: ignore[assignment]
+        weight.device.type, weight.dtype, backend, deterministic=deterministic
+    )
     return bound.pack(weight, gated)
 
 

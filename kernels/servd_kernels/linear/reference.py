@@ -52,14 +52,21 @@ def run(
     if not packed.gated and activation is None and residual is None:
         return _product(x, packed.data, bias, out_dtype)
     out = _product(x, packed.data, bias, torch.float32)
+    return follow(out, packed.gated, activation, residual).to(out_dtype)
+
+
+def follow(
+    out: torch.Tensor, gated: bool, activation: str | None = None, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What linear does to the float32 product, in float32."""
     up: torch.Tensor | None = None
-    if packed.gated:
+    if gated:
         out, up = out.chunk(2, dim=1)
     if activation is not None:
         out = ACTIVATION_FUNCTIONS[activation](out)
     if up is not None:
         out = out * up
-    return (out if residual is None else out + residual.float()).to(out_dtype)
+    return out if residual is None else out + residual.float()
 
 
 def _product(

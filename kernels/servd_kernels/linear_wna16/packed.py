@@ -75,6 +75,7 @@ class PackedWeight:
     activations: str  # "none": as they come; "int8": rounded to int8 in each group of columns, first
     run: "Run"
     kernel: Callable[..., int] | None = None  # native code of the instruction set that fits the layout
+    form: object = None  # what else the backend must know of its layout
 
 
 # x, packed, bias, out_dtype, activation

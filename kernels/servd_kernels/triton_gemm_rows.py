@@ -1,0 +1,99 @@
+"""Owns the Triton kernel that rounds rows of activations to int8 or e4m3 in front of a linear, and its launch.
+Does not know the linear."""
+
+import torch
+import triton
+import triton.language as tl
+
+from servd_kernels.triton_support import POINTERS, CompileCase, decode_e4m3, encode_e4m3, round_even, size_bits
+from servd_kernels.weight_quant import FP8_MAX, group_count
+
+_ALIGNMENT = 16  # bytes: rows of codes start at multiples, for TMA and for cp.async
+_SPAN = 2048  # columns that a program holds at a time
+
+INT8, E4M3, E4M3_VALUES = 0, 1, 2  # what is written: codes, codes as uint8, or the numbers they stand for
+_LIMITS = {INT8: 127.0, E4M3: FP8_MAX, E4M3_VALUES: FP8_MAX}
+_DTYPES = {INT8: torch.int8, E4M3: torch.uint8, E4M3_VALUES: torch.bfloat16}
+_INT8, _E4M3 = tl.constexpr(INT8), tl.constexpr(E4M3)
+
+
+@triton.jit
+def _write(values, scale, codes, limit, mask, KIND: tl.constexpr):
+    is_usable = (scale > 0.0) & (scale < float("inf"))  # or the row is 0, or holds what is not finite: its codes are 0
+    ratio = tl.div_rn(values, tl.where(is_usable, scale, 1.0))
+    ratio = tl.where(is_usable, tl.minimum(tl.maximum(ratio, -limit), limit), 0.0)
+    if KIND == _INT8:
+        code = round_even(ratio).to(tl.int8)
+    elif KIND == _E4M3:
+        code = encode_e4m3(ratio)
+    else:
+        code = decode_e4m3(encode_e4m3(ratio)).to(codes.dtype.element_ty)
+    tl.store(codes, code, mask=mask)
+
+
+@triton.jit
+def _rows_kernel(x, codes, scales, x_stride, codes_stride, depth, limit, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid [rows]. The row is read twice, the second time from the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    most = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, depth, BLOCK):
+        values = tl.load(x + row * x_stride + start + column, mask=start + column < depth, other=0.0).to(tl.float32)
+        most = tl.maximum(most, size_bits(values))
+    scale = tl.div_rn(tl.max(most, 0).to(tl.float32, bitcast=True), limit)
+    tl.store(scales + row, scale)
+    for start in range(0, depth, BLOCK):
+        mask = start + column < depth
+        values = tl.load(x + row * x_stride + start + column, mask=mask, other=0.0).to(tl.float32)
+        _write(values, tl.broadcast_to(scale, [BLOCK]), codes + row * codes_stride + start + column, limit, mask, KIND)
+
+
+@triton.jit
+def _groups_kernel(
+    x, codes, scales, x_stride, codes_stride, depth, limit,
+    KIND: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Grid [rows, spans of GROUPS groups of WIDTH columns]."""
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    column = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    mask = column < depth
+    values = tl.load(x + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.div_rn(tl.max(size_bits(values), 1).to(tl.float32, bitcast=True), tl.full([GROUPS], limit, tl.float32))
+    num_groups = (depth + WIDTH - 1) // WIDTH
+    tl.store(scales + row * num_groups + group, scale, mask=group < num_groups)
+    places = codes + row * codes_stride + column
+    _write(values, tl.broadcast_to(scale[:, None], [GROUPS, WIDTH]), places, limit, mask, KIND)
+
+
+def quantize(x: torch.Tensor, kind: int, group_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [num_rows, depth], columns one apart -> codes of that shape, rows at multiples of 16 bytes, and scales float32
+    [num_rows], or [num_rows, num_groups]. As weight_quant.quantize_int8 and quantize_fp8. group_size: a power of 2."""
+    num_rows, depth = x.shape
+    dtype = _DTYPES[kind]
+    step = _ALIGNMENT // dtype.itemsize
+    codes = torch.empty(num_rows, -(-depth // step) * step, dtype=dtype, device=x.device)
+    groups = group_count(depth, group_size) if group_size else 1
+    scales = torch.empty(num_rows, groups, dtype=torch.float32, device=x.device)
+    common = (x, codes, scales, x.stride(0), codes.stride(0), depth, _LIMITS[kind])
+    if group_size and scales.numel():
+        count = _SPAN // group_size
+        _groups_kernel[(num_rows, triton.cdiv(groups, count))](*common, KIND=kind, WIDTH=group_size, GROUPS=count)
+    elif num_rows and not group_size:
+        _rows_kernel[(num_rows,)](*common, KIND=kind, BLOCK=_SPAN)
+    return codes[:, :depth], scales if group_size else scales.squeeze(1)
+
+
+def case(name: str, kind: int, group_size: int | None = None) -> CompileCase:
+    """A case to compile, of bfloat16 rows."""
+    constants: dict[str, int] = {"KIND": kind}
+    constants |= {"WIDTH": group_size, "GROUPS": _SPAN // group_size} if group_size else {"BLOCK": _SPAN}
+    integers = ("x_stride", "codes_stride", "depth")
+    return CompileCase(
+        name=name,
+        kernel=_groups_kernel if group_size else _rows_kernel,
+        signature={"x": "*bf16", "codes": POINTERS[_DTYPES[kind]], "scales": "*fp32", "limit": "fp32"}
+        | dict.fromkeys(integers, "i32"),
+        constants=constants,
+        aligned=("x", "codes", "scales", *integers),
+    )
