@@ -26,6 +26,8 @@ def run(
         if not 0 <= adapter < len(a):
             continue
         rank = min(int(ranks[adapter]), a.shape[2])
+        if rank <= 0:
+            continue
         begin = 0
         for part, width in zip(a[adapter], slices, strict=True):
             columns = slice(begin, begin + width)
