@@ -103,7 +103,7 @@ def tile_rows(order, tiles, tile, ROWS: tl.constexpr):
     group = tl.load(tiles + tile * 3)
     place = tl.load(tiles + tile * 3 + 1) + tl.arange(0, ROWS)
     end = tl.load(tiles + tile * 3 + 2)
-    mask = (place < end) & (group >= 0)
+    mask = place < end
     place = tl.minimum(place, end - 1)
     return group, place, tl.load(order + place, mask=mask, other=0), mask
 

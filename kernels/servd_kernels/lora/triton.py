@@ -61,6 +61,8 @@ def _expand(
     adapter, place, row, mask = tile_rows(order, tiles, tl.program_id(0), ROWS)
     if adapter < 0:
         return
+    if tl.load(ranks + adapter) <= 0:
+        return  # -0 stays -0
     rank = tl.arange(0, RANKS)
     is_used = rank < tl.minimum(tl.load(ranks + adapter), max_rank)
     total = tl.zeros([ROWS, RANKS], tl.float32)
@@ -76,8 +78,7 @@ def _expand(
     places = y + row.to(tl.int64)[:, None] * y_stride + column[None, :]
     written = mask[:, None] & is_inside[None, :]
     values = tl.load(places, mask=written, other=0.0).to(tl.float32) + tl.load(scalings + adapter) * update
-    # A row of rank 0 stays as it is, -0 included.
-    tl.store(places, narrow(values, y.dtype.element_ty), mask=written & (tl.load(ranks + adapter) > 0))
+    tl.store(places, narrow(values, y.dtype.element_ty), mask=written)
 
 
 def run(

@@ -83,16 +83,15 @@ def _kernel(
 def _combine(parts, weights, ids, out, num_experts, top_k, hidden, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < hidden
     total = tl.zeros([BLOCK], tl.float32)
     for slot in range(top_k):
         row = token * top_k + slot
         expert = tl.load(ids + row)
         # Not read where no expert wrote.
         has_expert = (expert >= 0) & (expert < num_experts)
-        part = tl.load(parts + row * hidden + column, mask=inside & has_expert, other=0.0)
+        part = tl.load(parts + row * hidden + column, mask=column < tl.where(has_expert, hidden, 0), other=0.0)
         total += tl.where(has_expert, tl.load(weights + row), 0.0) * part
-    tl.store(out + token * hidden + column, narrow(total, out.dtype.element_ty), mask=inside)
+    tl.store(out + token * hidden + column, narrow(total, out.dtype.element_ty), mask=column < hidden)
 
 
 def run(
