@@ -45,7 +45,7 @@ def updated(inputs: dict[str, Any], backend: str, rows: Any = slice(None)) -> to
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_float64_with_nan_beyond_each_rank(backend: str, shape: tuple[Any, ...], dtype: torch.dtype) -> None:
-    inputs = reference.make_inputs(*shape, dtype=dtype)
+    inputs = reference.make_inputs(*shape, dtype)
     y = updated(inputs, backend)
     assert y.isfinite().all()
     assert_close(y, expected(inputs), "gemm")

@@ -47,8 +47,8 @@ def rows_of(inputs: dict[str, Any], packed: PackedExperts, rows: Any = slice(Non
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_matches_float64(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    inputs = reference.make_inputs(*shape, dtype=dtype)
+def test_matches_float64(backend: str, shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
+    inputs = reference.make_inputs(*shape, dtype)
     out = rows_of(inputs, packed_of(inputs, backend))
     assert out.shape == inputs["x"].shape and out.dtype == dtype
     assert_close(out, expected(inputs), "gemm")

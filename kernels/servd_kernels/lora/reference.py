@@ -31,7 +31,8 @@ def run(
         begin = 0
         for part, width in zip(a[adapter], slices, strict=True):
             columns = slice(begin, begin + width)
-            shrunk = functional.linear(x[row : row + 1].float(), part[:rank].float())
+            # A copy: torch's sums depend on where in memory a row begins.
+            shrunk = functional.linear(x[row : row + 1].to(torch.float32, copy=True), part[:rank].float())
             update = functional.linear(shrunk, b[adapter, columns, :rank].float())[0]
             y[row, columns] = (y[row, columns].float() + scalings[adapter] * update).to(y.dtype)
             begin += width

@@ -35,7 +35,9 @@ def run(
     for expert in range(packed.num_experts):
         gate_up, down = packed.gate_up[expert], packed.down[expert]
         for token, slot in (ids == expert).nonzero().tolist():
-            gate, up = functional.linear(x[token : token + 1].float(), gate_up.float()).chunk(2, dim=1)
+            # A copy: torch's sums depend on where in memory a row begins.
+            row = x[token : token + 1].to(torch.float32, copy=True)
+            gate, up = functional.linear(row, gate_up.float()).chunk(2, dim=1)
             if activation is not None:
                 gate = ACTIVATION_FUNCTIONS[activation](gate)
             inner = (gate * up).to(x.dtype).float()
