@@ -21,4 +21,16 @@ SERVD_INLINE vf gelu_tanh(vf x) {
     return x / (vexp(-u) + 1.f);
 }
 
+// linear/packed.py has the names.
+enum Activation { kNoActivation = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3 };
+
+SERVD_INLINE vf activated(int activation, vf x) {
+    switch (activation) {
+        case kSilu: return silu(x);
+        case kGelu: return gelu_erf(x);
+        case kGeluTanh: return gelu_tanh(x);
+        default: return x;
+    }
+}
+
 }  // namespace SERVD_ISA

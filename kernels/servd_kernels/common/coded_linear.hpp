@@ -10,8 +10,6 @@ namespace SERVD_ISA {
 constexpr int64_t kUnitRows = 64;  // rows of one unit of work: they and a panel share the second-level cache
 constexpr int64_t kDirectRows = 4;  // up to here a panel is decoded in registers, once for each tile
 
-enum Activation { kNoActivation = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3 };
-
 // f(row, Count<n>) for tiles of even height: 9 rows as 5 + 4, since a tile's cost hardly falls with its height.
 template <class F>
 SERVD_INLINE void for_tiles(int64_t rows, F&& f) {
@@ -61,15 +59,6 @@ SERVD_INLINE Scales load_scales(const CodedCall& call, int64_t panel, int64_t gr
         }
     }
     return out;
-}
-
-SERVD_INLINE vf activated(int activation, vf x) {
-    switch (activation) {
-        case kSilu: return silu(x);
-        case kGelu: return gelu_erf(x);
-        case kGeluTanh: return gelu_tanh(x);
-        default: return x;
-    }
 }
 
 // W columns of a row: the row's scale, the bias, the activation, the one rounding.

@@ -7,7 +7,8 @@ from typing import Protocol
 
 import torch
 
-ACTIVATIONS: dict[str | None, int] = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}  # enum Activation of cpu.cpp
+# enum Activation of common/activation.hpp
+ACTIVATIONS: dict[str | None, int] = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 
 
 class Run(Protocol):
