@@ -205,8 +205,8 @@ def _amd_registers(text: str) -> tuple[int, int]:
         assert found, f"the assembly has no .{key}"
         return int(found[1])
 
-    spilled = 4 * (value("vgpr_spill_count") + value("sgpr_spill_count"))
-    return value("vgpr_count"), max(spilled, value("private_segment_fixed_size"))
+    # Scalar registers spill to lanes of vector registers: no memory, and those are counted.
+    return value("vgpr_count"), max(4 * value("vgpr_spill_count"), value("private_segment_fixed_size"))
 
 
 def _code_bytes(elf: bytes) -> int:

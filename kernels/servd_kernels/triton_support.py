@@ -80,7 +80,8 @@ def dot(a, b, acc):
     """a @ b + acc in float32. Triton 3.9's interpreter multiplies the bit patterns of bfloat16, and its BLAS sums a row
     by its place among the rows: float64 there hides the order."""
     if _INTERPRETED:
-        return tl.dot(a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64), acc.to(tl.float64)).to(tl.float32)
+        wide_a, wide_b = a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64)
+        return tl.dot(wide_a, wide_b, acc.to(tl.float64)).to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 

@@ -58,15 +58,13 @@ def attend_tile(
             tl.store(stats + 2 * num_spans * place + 1, total, mask=is_row)
             partials += (first_place * num_spans + span) * SPEC.width
             is_used = is_row & (total != 0.0)
-            tl.store(
-                partials + (num_spans * SPEC.width * place)[:, None] + dim[None, :], acc, mask=is_used[:, None]
-            )
+            tl.store(partials + (num_spans * SPEC.width * place)[:, None] + dim[None, :], acc, mask=is_used[:, None])
     else:
         acc = tl.zeros([ROWS, SPEC.width], tl.float32)
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         sink_spans, first_span, last_span = span_range(first, end, SPEC)
-        for index in range(0, sink_spans + last_span - first_span):
+        for index in range(sink_spans + last_span - first_span):
             number = tl.where(index < sink_spans, index, index - sink_spans + first_span)
             span_acc, span_top, span_total = _attend_span(
                 tile_q, rows, cache, kv_head, number, (first, end, low, high), SPEC, ROWS, HAS_PAGES
@@ -84,8 +82,8 @@ def attend_tile(
 
 @triton.jit
 def locate_rows(cu_seqlens_q, request, tile, SPEC: tl.constexpr, ROWS: tl.constexpr):
-    """The tile's first token (int64), and of each row the query, counted from it, the head in its group, and whether the
-    request has it. The loads are volatile so that this is computed twice, before the keys and after them, and does
+    """The tile's first token (int64), and of each row the query, counted from it, the head in its group, and whether
+    the request has it. The loads are volatile so that this is computed twice, before the keys and after them, and does
     not lie in registers meanwhile; a row's own offsets are small, and the large ones scalars, to the same end."""
     begin = tl.load(cu_seqlens_q + request, volatile=True)
     first_row = tile * ROWS + begin * SPEC.group
@@ -127,9 +125,7 @@ def span_range(first, end, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _attend_span(
-    q, rows, cache, kv_head, span, reach, SPEC: tl.constexpr, ROWS: tl.constexpr, HAS_PAGES: tl.constexpr
-):
+def _attend_span(q, rows, cache, kv_head, span, reach, SPEC: tl.constexpr, ROWS: tl.constexpr, HAS_PAGES: tl.constexpr):
     """The state of one span of keys, by ascending tiles: those at the window's start, which some rows see in part;
     those that all rows see; those at the rows' own positions."""
     first, end, low, high = reach
