@@ -208,12 +208,7 @@ def _amd_registers(text: str) -> tuple[int, int]:
         assert found, f"the assembly has no .{key}"
         return int(found[1])
 
-<<<<<<< HEAD
     return value("vgpr_count"), value("private_segment_fixed_size")
-=======
-    # Scalar registers spill to lanes of vector registers: no memory, and those are counted.
-    return value("vgpr_count"), max(4 * value("vgpr_spill_count"), value("private_segment_fixed_size"))
->>>>>>> 02bbbd4fd38a1f93218e84a8cad908f6386d54b0
 
 
 def _code_bytes(elf: bytes) -> int:

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Owns the rows of a batch sorted by group (an expert, an adapter) and cut into tiles, on the device.
 Does not know what a group's rows are multiplied by. No number of it is ever needed by the host, which would wait."""
 

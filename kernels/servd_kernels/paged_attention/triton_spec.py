@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Owns what is fixed when a Triton attention kernel is compiled: the places of codes, the options, the sizes of tiles.
 Does not know tensors or the launch."""
 

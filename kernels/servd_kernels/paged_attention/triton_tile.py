@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Owns the Triton device function that attends one tile of query rows: its rows, the spans and tiles of keys it runs.
 Does not know which tile a program has (triton.py) or what a tile of keys does to a row (triton_softmax.py)."""
 
