@@ -19,9 +19,14 @@ _INT8, _E4M3 = tl.constexpr(INT8), tl.constexpr(E4M3)
 
 @triton.jit
 def _write(values, scale, codes, limit, mask, KIND: tl.constexpr):
-    is_usable = (scale > 0.0) & (scale < float("inf"))  # or the row is 0, or holds what is not finite: its codes are 0
-    ratio = tl.div_rn(values, tl.where(is_usable, scale, 1.0))
-    ratio = tl.where(is_usable, tl.minimum(tl.maximum(ratio, -limit), limit), 0.0)
+    """scale: [1], or [GROUPS, 1]. Where it is 0 or not finite, the codes are 0."""
+    is_usable = (scale > 0.0) & (scale < float("inf"))
+    divisor = tl.where(is_usable, scale, 1.0)
+    if KIND == _INT8:  # by the inverse, as quantize_int8 does
+        ratio = values * tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
+    else:
+        ratio = tl.div_rn(values, tl.broadcast_to(divisor, values.shape))
+    ratio = tl.where(is_usable & (ratio == ratio), tl.minimum(tl.maximum(ratio, -limit), limit), 0.0)
     if KIND == _INT8:
         code = round_even(ratio).to(tl.int8)
     elif KIND == _E4M3:
@@ -40,12 +45,13 @@ def _rows_kernel(x, codes, scales, x_stride, codes_stride, depth, limit, KIND: t
     for start in range(0, depth, BLOCK):
         values = tl.load(x + row * x_stride + start + column, mask=start + column < depth, other=0.0).to(tl.float32)
         most = tl.maximum(most, size_bits(values))
-    scale = tl.div_rn(tl.max(most, 0).to(tl.float32, bitcast=True), limit)
-    tl.store(scales + row, scale)
+    most = tl.max(most, 0, keep_dims=True).to(tl.float32, bitcast=True)
+    scale = tl.div_rn(most, tl.full([1], limit, tl.float32))
+    tl.store(scales + row + tl.arange(0, 1), scale)
     for start in range(0, depth, BLOCK):
         mask = start + column < depth
         values = tl.load(x + row * x_stride + start + column, mask=mask, other=0.0).to(tl.float32)
-        _write(values, tl.broadcast_to(scale, [BLOCK]), codes + row * codes_stride + start + column, limit, mask, KIND)
+        _write(values, scale, codes + row * codes_stride + start + column, limit, mask, KIND)
 
 
 @triton.jit
@@ -63,7 +69,7 @@ def _groups_kernel(
     num_groups = (depth + WIDTH - 1) // WIDTH
     tl.store(scales + row * num_groups + group, scale, mask=group < num_groups)
     places = codes + row * codes_stride + column
-    _write(values, tl.broadcast_to(scale[:, None], [GROUPS, WIDTH]), places, limit, mask, KIND)
+    _write(values, scale[:, None], places, limit, mask, KIND)
 
 
 def quantize(x: torch.Tensor, kind: int, group_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
