@@ -198,15 +198,17 @@ def _cuda_registers(cubin: bytes) -> tuple[int, int]:
 
 
 def _amd_registers(text: str) -> tuple[int, int]:
-    """(vector registers, bytes spilled to memory) of a thread."""
+    """(vector registers, bytes spilled to memory) of a thread.
+
+    Not the spill counts beside them: scalar registers spill to lanes of vector registers, and those to accumulators.
+    """
 
     def value(key: str) -> int:
         found = re.search(rf"\.{key}:\s+(\d+)", text)
         assert found, f"the assembly has no .{key}"
         return int(found[1])
 
-    spilled = 4 * (value("vgpr_spill_count") + value("sgpr_spill_count"))
-    return value("vgpr_count"), max(spilled, value("private_segment_fixed_size"))
+    return value("vgpr_count"), value("private_segment_fixed_size")
 
 
 def _code_bytes(elf: bytes) -> int:

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Owns how Triton kernels read and write rows of the paged cache: kv_format.py's codes on tiles [rows, dimensions].
 Does not know rotary embedding, attention, or how slots were assigned. Keys lie in rows, not in words."""
 

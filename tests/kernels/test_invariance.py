@@ -117,7 +117,7 @@ def test_attention_chunking(backend: str, dtype: torch.dtype, code: str, options
 @pytest.mark.parametrize("code", ["float32", "int8"])
 def test_attention_place_in_a_batch_of_64(backend: str, code: str) -> None:
     lengths = [1 + 13 * i % 97 for i in range(63)] + [600]
-    inputs = attention_inputs(backend, [1] * 64, lengths, 6, 2, 64, key=code, value=code)
+    inputs = attention_inputs(backend, [1] * 64, lengths, 3, 1, 64, key=code, value=code)
     whole = paged_attention(**inputs, backend=backend)
     reordered = {
         **inputs,

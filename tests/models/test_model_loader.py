@@ -154,7 +154,7 @@ def test_malformed_architectures_are_refused(files: ModelFiles, architectures: A
         ({"num_hidden_layers": 0}, "num_hidden_layers in config.json is 0; allowed: a positive integer"),
         ({"vocab_size": "96"}, "vocab_size in config.json is '96'; allowed: a positive integer"),
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3; allowed: a divisor of the 4 query heads"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; allowed: silu"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'; allowed: silu"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps in config.json is 'small'; allowed: a positive number"),
         (
             {"rope_parameters": {"rope_type": "spiral"}},

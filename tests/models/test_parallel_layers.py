@@ -141,7 +141,7 @@ def test_tied_head_uses_the_embedding_and_asks_for_nothing() -> None:
 @pytest.mark.parametrize("name", QUANT_METHODS.discover())
 def test_weight_format_contract(name: str) -> None:
     """Every format asks for tensors of a whole matrix and multiplies with what it was given."""
-    method = QUANT_METHODS.get(name)(torch.float32, torch.device("cpu"))
+    method = QUANT_METHODS.get(name)(torch.float32, torch.device("cpu"), deterministic=True)
     method.create_weights(16, 32)
     shapes = method.checkpoint_shapes(16, 32)
     assert shapes

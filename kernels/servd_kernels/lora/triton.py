@@ -129,7 +129,7 @@ def _tile_rows(mean: int) -> int:
 
 def _padded(max_rank: int) -> int:
     """The least that tensor cores take is 16."""
-    return max(16, triton.next_power_of_2(max_rank))
+    return 1 << max(4, (max_rank - 1).bit_length())
 
 
 def _options(arch: str) -> dict[str, object]:

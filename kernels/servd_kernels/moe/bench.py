@@ -49,7 +49,7 @@ def _case(device: str, tokens: int, experts: int, top_k: int, hidden: int, width
         x, weights, ids = (inputs()[name] for name in ("x", "weights", "ids"))
         return lambda: run(x, packed, weights, ids), lambda: _by_torch(x, gate_up, down, weights, ids)
 
-    used = len(reference.make_inputs(tokens, experts, top_k, 1, 1)["ids"].unique())
+    used = len(set(reference.make_inputs(tokens, experts, top_k, 1, 1)["ids"].flatten().tolist()))
     moved = dtype.itemsize * (used * 3 * width * hidden + 2 * tokens * hidden)
     name = str(dtype).removeprefix("torch.")
     flops = 6 * tokens * top_k * hidden * width
@@ -61,7 +61,7 @@ def _by_torch(
 ) -> torch.Tensor:
     """A loop over the experts that were chosen, as transformers has it."""
     out = torch.zeros_like(x)
-    for expert in ids.unique().tolist():
+    for expert in sorted(set(ids.flatten().tolist())):
         token, slot = (ids == expert).nonzero(as_tuple=True)
         gate, up = functional.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
         part = functional.linear(functional.silu(gate) * up, down[expert])

@@ -139,9 +139,7 @@ def run(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(num_tokens, num_q_heads, dtype=torch.float32, device=q.device)
     if num_tokens:
-        _launch(
-            q, out, lse, kv_cache, kv_format, cu_seqlens_q, seq_lens, block_tables, scale, options, pages
-        )
+        _launch(q, out, lse, kv_cache, kv_format, cu_seqlens_q, seq_lens, block_tables, scale, options, pages)
     return (out, lse) if return_lse else out
 
 
@@ -185,13 +183,15 @@ def _launch(
     if not takes_all:
         rows = tiles.prefill_rows
         _prefill_kernel[(num_tokens * spec.group // rows + num_reqs, kv_heads)](
-            *common, num_reqs, short_rows, spec, rows, False, False, **_options(tiles.prefill_warps, tiles)
-        )
+            *common, num_reqs, short_rows, spec, rows, False, False,
+            **_options(tiles.prefill_warps, tiles.prefill_stages),
+        )  # fmt: skip
         if num_reqs == 1:
             return
     _decode_kernel[(num_reqs, kv_heads, num_spans if split else 1)](
-        *common, short_rows, spec, tiles.decode_rows, split, pages is not None, **_options(tiles.decode_warps, tiles)
-    )
+        *common, short_rows, spec, tiles.decode_rows, split, pages is not None,
+        **_options(tiles.decode_warps, tiles.decode_stages),
+    )  # fmt: skip
     if split:
         _merge_kernel[(num_reqs, num_q_heads)](
             out, lse, partials, stats, cu_seqlens_q, seq_lens, options.sink_logits, num_q_heads,
@@ -209,9 +209,9 @@ def _views(kv_cache: torch.Tensor, kv_format: KVFormat) -> tuple[torch.Tensor, t
     return keys, values, kv_cache.view(torch.float16)
 
 
-def _options(num_warps: int, tiles: Tiles) -> dict[str, Any]:
+def _options(num_warps: int, num_stages: int) -> dict[str, Any]:
     """Without fused contraction: see triton_softmax.py."""
-    return {"num_warps": num_warps, "num_stages": tiles.stages, "enable_fp_fusion": False}
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
 
 
 _MODELS = {"starter": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}
@@ -232,9 +232,7 @@ def compile_cases() -> Iterator[CompileCase]:
                     yield _case(f"{model} {code} merge", arch, kv_format, spec, _merge_kernel, True, tiles)
 
 
-def _case(
-    name: str, arch: str, kv_format: KVFormat, spec: Spec, kernel: Any, split: bool, tiles: Tiles
-) -> CompileCase:
+def _case(name: str, arch: str, kv_format: KVFormat, spec: Spec, kernel: Any, split: bool, tiles: Tiles) -> CompileCase:
     keys, values = (
         POINTERS[torch.int8 if side.code.name == "int8" else side.code.dtype] for side in (kv_format.k, kv_format.v)
     )
@@ -260,7 +258,7 @@ def _case(
         constants={name: value for name, value in constants.items() if name in arguments},
         aligned=(*(name for name, kind in signature.items() if kind.startswith("*")), "q_token", "q_head"),
         num_warps=1 if is_merge else tiles.prefill_warps if is_prefill else tiles.decode_warps,
-        num_stages=tiles.stages,
+        num_stages=tiles.prefill_stages if is_prefill else tiles.decode_stages,
         uses_dot=not is_merge,
         extra_options={"enable_fp_fusion": False},
         large=("keys", "values", "params"),

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Owns the Triton device functions that find the keys of a tile in the paged cache and decode their codes.
 Does not know softmax, nor which keys a row sees beyond what it is told to load."""
 
@@ -60,11 +59,9 @@ def load_side(
 
 
 @triton.jit
-def find_spoiled(
-    codes, params, block, place, kv_head, is_wanted, SPEC: tl.constexpr, SIDE: tl.constexpr
-):
+def find_spoiled(codes, params, block, place, kv_head, is_wanted, SPEC: tl.constexpr, SIDE: tl.constexpr):
     """Which keys hold anything but finite numbers on this side: [KEYS] int32, 0 where not wanted. Reads the rows, or
-    the parameters where there are any, once more: to look at the tile that `load_side` gives would cost registers."""
+    the parameters if there are any, once more: to look at the tile that `load_side` gives would cost registers."""
     param = params + block.to(tl.int64) * SPEC.params_block + kv_head * SPEC.params_head + SIDE.params_offset + place
     if SIDE.is_scaled:
         return _is_not_finite(tl.load(param, mask=is_wanted, other=0.0))
@@ -74,8 +71,8 @@ def find_spoiled(
         found = tl.load(param[:, None] + (SPEC.block_size * number)[None, :], mask=mask, other=0.0)
         return tl.max(_is_not_finite(found), 1)
     else:
-        head = codes + block.to(tl.int64) * SIDE.block_stride + kv_head * SIDE.head_stride
-        row = head + SIDE.offset + place * SIDE.row
+        codes += kv_head * SIDE.head_stride + SIDE.offset
+        row = codes + block.to(tl.int64) * SIDE.block_stride + place * SIDE.row
         spoiled = tl.zeros(place.shape, tl.int32)
         for first in tl.range(0, SIDE.row, 32, num_stages=1):
             column = first + tl.arange(0, 32)
@@ -97,9 +94,7 @@ def _is_not_finite(x):
 
 
 @triton.jit
-def _load_codes(
-    codes, block, place, kv_head, is_wanted, SPEC: tl.constexpr, SIDE: tl.constexpr, MASKED: tl.constexpr
-):
+def _load_codes(codes, block, place, kv_head, is_wanted, SPEC: tl.constexpr, SIDE: tl.constexpr, MASKED: tl.constexpr):
     """[KEYS, WIDTH], nibbles taken apart."""
     COLUMNS: tl.constexpr = SPEC.width // 2 if SIDE.bits == 4 else SPEC.width
     codes += kv_head * SIDE.head_stride + SIDE.offset

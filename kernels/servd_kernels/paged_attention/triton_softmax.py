@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Owns the Triton device functions of the online softmax: scores, a tile's step, the merge of spans, the finish.
 Does not know pages, block tables or the launch grid. Kernels that use it are compiled without fused contraction
 (enable_fp_fusion): a masked and an unmasked tile, or two kernels, must round alike."""

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Owns what is fixed when a Triton attention kernel is compiled: the places of codes, the options, the sizes of tiles.
 Does not know tensors or the launch."""
 
@@ -64,25 +63,24 @@ class Spec:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes that differ by architecture. All that reads a row must use the same instruction for its products: on
-    sm_90 and sm_100 that is the one of 64 rows, though a decode fills few of them."""
+    """Sizes that differ by architecture. Prefill and decode must multiply by the same instruction, and their warps must
+    share the rows of a tile, not its keys: else a row's sums would differ in order. On sm_90 and sm_100 the instruction
+    is that of 64 rows, though a decode fills few of them."""
 
     prefill_rows: int
     prefill_warps: int
+    prefill_stages: int
     decode_rows: int
     decode_warps: int
+    decode_stages: int
     keys: int
-    stages: int
 
 
 def _side(side: KVSide, kv_format: KVFormat, dtype: torch.dtype) -> SideSpec:
     code = side.code
     unit = code.dtype.itemsize if code.num_params == 0 else 1
-    is_plain = code.num_params == 0
-    # Mixed floating types meet in float32: neither holds all of the other.
-    operand = dtype if not is_plain or code.dtype == dtype else torch.float32
     return SideSpec(
-        operand=_DTYPES[operand],
+        operand=_DTYPES[_operand(side, dtype)],
         bits=code.bits,
         block_stride=kv_format.block_bytes // unit,
         head_stride=kv_format.head_bytes // unit,
@@ -128,15 +126,50 @@ def make_spec(kv_format: KVFormat, group: int, dtype: torch.dtype, keys: int, op
     return _spec(kv_format, group, dtype, keys, numbers, extras)
 
 
+# Heads up to 64, 128 and 256 wide, kept as they are and quantized: as large as fits 255 registers of a thread.
+_TILES = {
+    ("sm_80", 64, False): Tiles(128, 8, 2, 16, 1, 2, keys=32),
+    ("sm_80", 64, True): Tiles(128, 8, 2, 16, 1, 2, keys=32),
+    ("sm_80", 128, False): Tiles(128, 8, 2, 16, 1, 2, keys=32),
+    ("sm_80", 128, True): Tiles(128, 8, 1, 16, 1, 2, keys=16),
+    ("sm_80", 256, False): Tiles(32, 4, 2, 32, 4, 2, keys=32),
+    ("sm_80", 256, True): Tiles(32, 4, 1, 32, 4, 2, keys=32),
+    ("sm_90", 64, False): Tiles(128, 8, 3, 64, 4, 3, keys=64),
+    ("sm_90", 64, True): Tiles(128, 8, 3, 64, 4, 3, keys=64),
+    ("sm_90", 128, False): Tiles(128, 8, 3, 64, 4, 3, keys=64),
+    ("sm_90", 128, True): Tiles(128, 8, 3, 64, 4, 3, keys=32),
+    ("sm_90", 256, False): Tiles(64, 8, 2, 64, 8, 2, keys=16),
+    ("sm_90", 256, True): Tiles(64, 8, 2, 64, 8, 2, keys=16),
+    ("sm_100", 64, False): Tiles(128, 8, 3, 64, 4, 3, keys=32),
+    ("sm_100", 64, True): Tiles(128, 8, 3, 64, 4, 3, keys=32),
+    ("sm_100", 128, False): Tiles(64, 4, 2, 64, 4, 3, keys=32),
+    ("sm_100", 128, True): Tiles(128, 8, 3, 64, 4, 3, keys=32),
+    ("sm_100", 256, False): Tiles(64, 8, 2, 64, 8, 2, keys=16),
+    ("sm_100", 256, True): Tiles(64, 8, 2, 64, 8, 2, keys=16),
+    ("gfx942", 64, False): Tiles(64, 4, 2, 16, 1, 2, keys=32),
+    ("gfx942", 64, True): Tiles(64, 4, 2, 16, 1, 2, keys=32),
+    ("gfx942", 128, False): Tiles(64, 4, 2, 16, 1, 2, keys=32),
+    ("gfx942", 128, True): Tiles(64, 4, 2, 16, 1, 2, keys=32),
+    ("gfx942", 256, False): Tiles(64, 4, 2, 16, 1, 2, keys=32),
+    ("gfx942", 256, True): Tiles(64, 4, 2, 16, 1, 2, keys=32),
+}
+# Products in float32 have no tensor cores here: their operands lie in registers.
+_FLOAT32_TILES = Tiles(16, 4, 2, 16, 4, 2, keys=32)
+# Small, to be quick, and of two heights, so that tests see whether both give the same bits.
+_INTERPRETER_TILES = Tiles(64, 1, 1, 16, 1, 1, keys=64)
+
+
 def tiles_for(arch: str, kv_format: KVFormat, dtype: torch.dtype) -> Tiles:
-    """By architecture and the width of a head; "interpreter": small, and two heights, to test that both agree."""
+    """For queries of `dtype` on an architecture of triton_support, or "interpreter"."""
     if arch == "interpreter":
-        return Tiles(64, 1, 16, 1, 64, 1)
-    wide = kv_format.head_dim > 128
-    plain = [code.dtype for code in (kv_format.k.code, kv_format.v.code) if code.num_params == 0]
-    if dtype == torch.float32 or any(other != dtype for other in plain):  # no tensor cores: operands lie in registers
-        return Tiles(16, 4, 16, 4, 32, 2)
-    if arch in ("sm_90", "sm_100"):
-        keys = 64 if arch == "sm_90" and not wide else 32
-        return Tiles(64, 4, 64, 4, keys, 2) if wide else Tiles(128, 8, 64, 4, keys, 3)
-    return Tiles(32, 2, 16, 1, 32, 2) if wide else Tiles(128, 8, 16, 1, 32, 2)
+        return _INTERPRETER_TILES
+    sides = (kv_format.k, kv_format.v)
+    if any(_operand(side, dtype) == torch.float32 for side in sides):
+        return _FLOAT32_TILES
+    width = max(64, triton.next_power_of_2(kv_format.head_dim))
+    return _TILES[arch, width, any(side.code.num_params for side in sides)]
+
+
+def _operand(side: KVSide, dtype: torch.dtype) -> torch.dtype:
+    """What a side becomes for its product. Two floating types meet in float32: neither holds all of the other."""
+    return dtype if side.code.num_params or side.code.dtype == dtype else torch.float32

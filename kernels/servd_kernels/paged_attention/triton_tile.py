@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Owns the Triton device function that attends one tile of query rows: its rows, the spans and tiles of keys it runs.
 Does not know which tile a program has (triton.py) or what a tile of keys does to a row (triton_softmax.py)."""
 
@@ -59,9 +58,7 @@ def attend_tile(
             tl.store(stats + 2 * num_spans * place + 1, total, mask=is_row)
             partials += (first_place * num_spans + span) * SPEC.width
             is_used = is_row & (total != 0.0)
-            tl.store(
-                partials + (num_spans * SPEC.width * place)[:, None] + dim[None, :], acc, mask=is_used[:, None]
-            )
+            tl.store(partials + (num_spans * SPEC.width * place)[:, None] + dim[None, :], acc, mask=is_used[:, None])
     else:
         acc = tl.zeros([ROWS, SPEC.width], tl.float32)
         top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -128,9 +125,7 @@ def span_range(first, end, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _attend_span(
-    q, rows, cache, kv_head, span, reach, SPEC: tl.constexpr, ROWS: tl.constexpr, HAS_PAGES: tl.constexpr
-):
+def _attend_span(q, rows, cache, kv_head, span, reach, SPEC: tl.constexpr, ROWS: tl.constexpr, HAS_PAGES: tl.constexpr):
     """The state of one span of keys, by ascending tiles: those at the window's start, which some rows see in part;
     those that all rows see; those at the rows' own positions."""
     first, end, low, high = reach

@@ -230,7 +230,8 @@ inline float scale_weights(const float*, uint64_t, const float*, uint32_t*) { re
 inline void round_weights(const float*, uint64_t, const float*, uint32_t*) {}
 #endif
 
-// p [rows][kTokens] -> weights, unless the softmax has written them; keep [rows] scales what `sums` [rows][sums_width] holds of minima.
+// p [rows][kTokens] -> weights, unless the softmax has written them; keep [rows] scales what `sums`
+// [rows][sums_width] holds of minima.
 inline void pack_weights(const Call& call, const Values& values, const float* p, const uint64_t* seen, int rows,
                          const float* keep, float* sums, Weights& weights) {
     const Side& side = call.format->v;
@@ -249,8 +250,10 @@ inline void pack_weights(const Call& call, const Values& values, const float* p,
         float* minima = sums + r * sums_width(call) + call.format->head_dim;
         for (int64_t g = 0; g < groups; ++g) {
             vf sum = {};
-            for (int i = 0; i < kTokens; i += W)
-                sum = fma(load(p + i), select(seen[r] >> i, load(values.params + (2 * g + 1) * kTokens + i), vf{}), sum);
+            for (int i = 0; i < kTokens; i += W) {
+                vf minimum = load(values.params + (2 * g + 1) * kTokens + i);
+                sum = fma(load(p + i), select(seen[r] >> i, minimum, vf{}), sum);
+            }
             minima[g] = minima[g] * keep[r] + sum_lanes(sum);
         }
     }

@@ -1,7 +1,6 @@
 """Owns the device functions of the Triton sampler: keys that order logits, the search for a threshold, the walk.
 Does not know where settings lie, or what a row asks for (triton.py)."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 import triton
 import triton.language as tl
 
