@@ -73,6 +73,7 @@ class Op:
         for name in [asked] if asked else self._candidates(device):
             reason = self.reason_against(name, device, dtype, **axes)
             if reason is None:
+                reasons.pop("library", None)  # left out by choice: no reason to speak of
                 if name == "reference" and reasons:
                     _log_fallback(self.name, "; ".join(f"{k}: {v}" for k, v in reasons.items()))
                 return self._function(name, device, dtype, **axes)
