@@ -73,6 +73,7 @@ class Op:
         for name in [asked] if asked else self._candidates(device):
             reason = self.reason_against(name, device, dtype, **axes)
             if reason is None:
+                reasons.pop("library", None)  # left out by choice: no reason to speak of
                 if name == "reference" and reasons:
                     # A library is slower here than our own kernels: why it does not serve is no news.
                     told = {k: v for k, v in reasons.items() if k != "library"}

@@ -71,6 +71,13 @@ CODED: dict[str, Table] = {  # codes take a quarter or half of the weight's byte
     "gfx942": {16: Tiles(64, 16, 4, 2), 64: Tiles(64, 64, 4, 2), MANY: Tiles(64, 128, 8, 2)},
     INTERPRETER: {16: Tiles(128, 16, 4, 1), 64: Tiles(128, 64, 4, 1), MANY: Tiles(128, 128, 4, 1)},
 }
+SUMMED: dict[str, Table] = {  # three: a group's sum, the sum of x in it, and the total
+    "sm_80": {16: Tiles(32, 16, 2, 6), 64: Tiles(32, 64, 4, 4), MANY: Tiles(32, 64, 4, 4)},
+    "sm_90": {16: Tiles(64, 16, 4, 8), 64: Tiles(64, 64, 4, 5), MANY: Tiles(64, 128, 8, 4)},
+    "sm_100": {16: Tiles(64, 16, 4, 8), 64: Tiles(64, 64, 4, 5), MANY: Tiles(64, 64, 4, 5)},
+    "gfx942": {16: Tiles(64, 16, 4, 2), 64: Tiles(64, 64, 4, 2), MANY: Tiles(64, 128, 8, 2)},
+    INTERPRETER: {16: Tiles(128, 16, 4, 1), 64: Tiles(128, 64, 4, 1), MANY: Tiles(128, 128, 4, 1)},
+}
 FLOAT32: dict[str, Table] = {  # three products of halves a step: registers for half the tile
     arch: {16: Tiles(64, 16, 4, stages), MANY: Tiles(64, 64, 4, stages)}
     for arch, stages in {"sm_80": 4, "sm_90": 4, "sm_100": 4, "gfx942": 2, INTERPRETER: 1}.items()

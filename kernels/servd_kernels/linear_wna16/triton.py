@@ -297,9 +297,9 @@ def launch(
 ) -> None:
     """Writes to out [num_rows, out_features], with the tiles of an architecture."""
     x = triton_gemm.with_unit_columns(x)
-    tiles = triton_gemm.tiles_for(_table(arch, x.dtype, packed.activations), len(x))
     form = packed.form
     assert isinstance(form, Form), "the weight was packed by another backend"
+    tiles = triton_gemm.tiles_for(_table(arch, x.dtype, packed.activations, form.has_minima), len(x))
     choices = _choices(packed.bits, packed.group_size, packed.in_features, form) | {
         "ACTIVATION": ACTIVATIONS[activation],
         "ROWS": tiles.rows,
@@ -337,10 +337,10 @@ def _choices(bits: int, group_size: int, in_features: int, form: Form) -> dict[s
     }
 
 
-def _table(arch: str, dtype: torch.dtype, activations: str) -> triton_gemm.Table:
-    if activations == "int8":
-        return triton_gemm.GROUPED[arch]
-    return triton_gemm.FLOAT32[arch] if dtype == torch.float32 else triton_gemm.CODED[arch]
+def _table(arch: str, dtype: torch.dtype, activations: str, has_minima: bool) -> triton_gemm.Table:
+    if activations == "none" and dtype == torch.float32:
+        return triton_gemm.FLOAT32[arch]
+    return (triton_gemm.SUMMED if activations == "int8" or has_minima else triton_gemm.CODED)[arch]
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -355,12 +355,12 @@ def compile_cases() -> Iterator[CompileCase]:
         ):
             for rows in triton_gemm.CODED[arch]:
                 yield _case(f"W{bits}A16 groups of {group} {name}", arch, rows, bits, group, form, "none")
-        for rows in triton_gemm.GROUPED[arch]:
+        for rows in triton_gemm.SUMMED[arch]:
             yield _case("W4A8 groups of 128 zeros", arch, rows, 4, 128, Form(half, False, False), "int8")
 
 
 def _case(name: str, arch: str, rows: int, bits: int, group: int, form: Form, activations: str) -> CompileCase:
-    tiles = triton_gemm.tiles_for(_table(arch, torch.bfloat16, activations), rows)
+    tiles = triton_gemm.tiles_for(_table(arch, torch.bfloat16, activations, form.has_minima), rows)
     is_int8 = activations == "int8"
     pointer = POINTERS[torch.bfloat16]
     pointers = {"x": "*i8" if is_int8 else pointer, "codes": "*u8", "words": "*i32", "out": pointer}
