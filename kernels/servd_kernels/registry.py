@@ -75,9 +75,7 @@ class Op:
             if reason is None:
                 reasons.pop("library", None)  # left out by choice: no reason to speak of
                 if name == "reference" and reasons:
-                    # A library is slower here than our own kernels: why it does not serve is no news.
-                    told = {k: v for k, v in reasons.items() if k != "library"}
-                    _log_fallback(self.name, "; ".join(f"{k}: {v}" for k, v in told.items()))
+                    _log_fallback(self.name, "; ".join(f"{k}: {v}" for k, v in reasons.items()))
                 return self._function(name, device, dtype, **axes)
             reasons[name] = reason
         raise ValueError(

@@ -154,7 +154,10 @@ def test_malformed_architectures_are_refused(files: ModelFiles, architectures: A
         ({"num_hidden_layers": 0}, "num_hidden_layers in config.json is 0; allowed: a positive integer"),
         ({"vocab_size": "96"}, "vocab_size in config.json is '96'; allowed: a positive integer"),
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3; allowed: a divisor of the 4 query heads"),
-        ({"hidden_act": "relu"}, "hidden_act is 'relu'; allowed: silu, swish, gelu"),
+        (
+            {"hidden_act": "relu"},
+            "hidden_act is 'relu'; allowed: silu, swish, gelu, gelu_pytorch_tanh, gelu_new, gelu_fast",
+        ),
         ({"rms_norm_eps": "small"}, "rms_norm_eps in config.json is 'small'; allowed: a positive number"),
         (
             {"rope_parameters": {"rope_type": "spiral"}},
