@@ -103,7 +103,7 @@ def test_wrong_flags_are_told_before_anything_is_loaded(
     assert message in capsys.readouterr().err
 
 
-def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_table_and_writes_json_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tests.unit.eval.tiny_tokenizer import write_byte_tokenizer
 
     folder = tmp_path / "model"
@@ -111,10 +111,13 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pyte
     write_tiny_llama(folder)
     write_byte_tokenizer(folder)
     out = tmp_path / "out.json"
-    flags = ["--tokens", "128", "--context", "64", "--json", str(out), "--kv-cache-dtype", "k=int8,v=int4"]
+    picture = tmp_path / "plot.png"
+    flags = ["--tokens", "128", "--context", "64", "--json", str(out), "--plot", str(picture)]
+    flags += ["--kv-cache-dtype", "k=int8,v=int4"]
     assert main(["kv-probe", str(folder), "--dtype", "float32", *flags]) == 0
     shown = capsys.readouterr().out
     assert "k=int8,v=int4" in shown and "perplexity" in shown
     rows = json.loads(out.read_text())
     assert [row["kv_cache_dtype"] for row in rows] == ["auto", "k=int8,v=int4"]
     assert rows[1]["capacity"] > 2
+    assert picture.read_bytes().startswith(b"\x89PNG")
