@@ -20,20 +20,26 @@ def bits(generations) -> list[list[tuple]]:
 CHOSEN = [0, 4, 7, 9, 15]  # English, code, Chinese, emoji, long
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def dtype(request):
-    return request.param
+# Compute dtype, KV storage, and the bytes of a token's keys and values.
+MODELS = {"float32": ("float32", "auto", 46080), "bfloat16": ("bfloat16", "auto", 23040)}
+MODELS["int4"] = ("bfloat16", "int4", 7200)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    dtype, kv_cache_dtype, _ = MODELS[request.param]
+    return {"dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
 
 
 @pytest.fixture(scope="module")
-def alone(dtype):
+def alone(model):
     """Each chosen prompt by itself on an engine with no prefix cache."""
-    with LLM(dtype=dtype, enable_prefix_caching=False, **SETTINGS) as llm:
+    with LLM(**model, enable_prefix_caching=False, **SETTINGS) as llm:
         return [bits(llm.generate(PROMPTS[i], sampled(i)))[0] for i in CHOSEN]
 
 
-def test_among_31_others(dtype, alone):
-    with LLM(dtype=dtype, **SETTINGS) as llm:
+def test_among_31_others(model, alone):
+    with LLM(**model, **SETTINGS) as llm:
         others = [(PROMPTS[i % 15] + " And then" * (i // 15), sampled(100 + i)) for i in range(32 - len(CHOSEN))]
         work = [(PROMPTS[i], sampled(i)) for i in CHOSEN]
         mixed = others[:13] + work[:3] + others[13:] + work[3:]
@@ -41,23 +47,24 @@ def test_among_31_others(dtype, alone):
     assert results[13:16] + results[-2:] == alone
 
 
-def test_with_prompts_in_chunks_of_64(dtype, alone):
-    with LLM(dtype=dtype, max_num_batched_tokens=64, **SETTINGS) as llm:
+def test_with_prompts_in_chunks_of_64(model, alone):
+    with LLM(**model, max_num_batched_tokens=64, **SETTINGS) as llm:
         assert bits(llm.generate([PROMPTS[i] for i in CHOSEN], [sampled(i) for i in CHOSEN])) == alone
 
 
-def test_with_prefix_cache_hits(dtype, alone):
-    with LLM(dtype=dtype, **SETTINGS) as llm:
+def test_with_prefix_cache_hits(model, alone):
+    with LLM(**model, **SETTINGS) as llm:
         llm.generate([PROMPTS[i] for i in CHOSEN], SamplingParams(max_tokens=1))
         again = llm.generate([PROMPTS[i] for i in CHOSEN], [sampled(i) for i in CHOSEN])
     assert again[-1].num_cached_tokens > 1000
     assert bits(again) == alone
 
 
-def test_after_a_forced_preemption(dtype, alone):
+def test_after_a_forced_preemption(model, alone):
     # Room for the long prompt and little else: growing answers must take blocks from each other.
-    settings = {**SETTINGS, "kv_cache_memory": 2048 * 2 * 30 * 3 * 64 * (4 if dtype == "float32" else 2) + (1 << 20)}
-    with LLM(dtype=dtype, **settings) as llm:
+    (token_bytes,) = {size for dtype, kv, size in MODELS.values() if [dtype, kv] == list(model.values())}
+    settings = {**SETTINGS, "kv_cache_memory": 2048 * token_bytes + (1 << 20)}
+    with LLM(**model, **settings) as llm:
         work = [(PROMPTS[i], sampled(i)) for i in (15, 0, 4, 7, 9)]
         filler = [(PROMPTS[i] + " So" * 8, sampled(50 + i)) for i in range(12)]
         results = bits(llm.generate([p for p, _ in work + filler], [s for _, s in work + filler]))
@@ -66,6 +73,6 @@ def test_after_a_forced_preemption(dtype, alone):
     assert results[1:5] + results[:1] == alone
 
 
-def test_with_another_number_of_threads(dtype, alone):
-    with LLM(dtype=dtype, threads=1, **SETTINGS) as llm:
+def test_with_another_number_of_threads(model, alone):
+    with LLM(**model, threads=1, **SETTINGS) as llm:
         assert bits(llm.generate([PROMPTS[i] for i in CHOSEN], [sampled(i) for i in CHOSEN])) == alone
