@@ -103,7 +103,7 @@ def test_wrong_flags_are_told_before_anything_is_loaded(
     assert message in capsys.readouterr().err
 
 
-def test_the_command_prints_a_table_and_writes_json_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_table_writes_json_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tests.unit.eval.tiny_tokenizer import write_byte_tokenizer
 
     folder = tmp_path / "model"
