@@ -81,9 +81,11 @@ struct Prefetch {
 };
 
 // What tile `tile` of `tiles` brings in while they all meet `block` ([depth][kPanel], `bytes` long) in turn. The
-// first reads it from memory, and runs ahead of itself; the others share the same block of the next panel.
+// first reads it from memory, and runs ahead of itself; the others share the same block of the next panel. A row or
+// two compute so little that the processor's own prefetch keeps up, and asking would only cost them.
 SERVD_INLINE Prefetch prefetch_of(const void* block, int64_t bytes, int64_t to_next, int64_t depth, int64_t tile,
-                                  int64_t tiles) {
+                                  int64_t tiles, int64_t rows) {
+    if (rows <= 2) return {nullptr, 0, 0, depth};
     constexpr int64_t kAhead = 8192, kFirstRun = 4, kRun = 8;
     const char* from = static_cast<const char*>(block);
     int64_t all = bytes / kLine;
@@ -138,7 +140,7 @@ void multiply_panel(const X* x, int64_t x_stride, int64_t first_row, int64_t row
         for (int64_t tiles = tiles_of(rows); tiles > 0; --tiles) {
             int height = int((rows - row + tiles - 1) / tiles);
             Prefetch prefetch =
-                prefetch_of(block, bytes, panel_bytes, count, tiles_of(first_row + row), tiles_of(m));
+                prefetch_of(block, bytes, panel_bytes, count, tiles_of(first_row + row), tiles_of(m), m);
             with_count<kTileRows>(height, [&](auto constant) {
                 multiply_block<decltype(constant)::value>(x + row * x_stride + depth, x_stride, block, count,
                                                           depth == 0, prefetch, sums + row * kPanel);
