@@ -37,7 +37,7 @@ class ModelConfig:
     )
     max_model_len: int | None = flag(None, "longest prompt plus output; default: the model's own", unit="tokens")
     deterministic: bool = flag(
-        True, "the same bits for a request whatever the batch; off: library routines that are faster in places"
+        True, "the same bits for a request whatever the batch; off, on a GPU: the vendor's matrix products"
     )
     cuda_graphs: bool = flag(True, "on a GPU, replay decode steps as CUDA graphs")
     device: str = flag("auto", "where the model runs; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
