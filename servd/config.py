@@ -39,7 +39,7 @@ class ModelConfig:
     deterministic: bool = flag(
         True, "the same bits for a request whatever the batch; off, on a GPU: the vendor's matrix products"
     )
-    cuda_graphs: bool = flag(True, "on a GPU, replay decode steps as CUDA graphs")
+    replay_steps: bool = flag(True, "replay recorded steps: as CUDA graphs on a GPU, as native calls on a CPU")
     device: str = flag("auto", "where the model runs; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
     generation_config: str = flag(
         "auto",

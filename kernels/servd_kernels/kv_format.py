@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -122,16 +122,10 @@ class KVFormat:
         """Both sides hold floating-point numbers as they are."""
         return self.k.code.num_params == 0 and self.v.code.num_params == 0
 
-    @cached_property
+    @property
     def native_layout(self) -> Tensor:
         """The layout as int64 numbers on the host, in the order of `KVLayout` in common/kv_side.hpp."""
-        numbers = [self.block_bytes, self.head_bytes, self.num_kv_heads, self.block_size, self.head_dim]
-        for side in (self.k, self.v):
-            code = side.code
-            numbers += [list(CODES).index(code.name), side.data_offset, side.params_offset, side.row_bytes]
-            numbers += [code.group_size(self.head_dim), side.num_groups * code.num_params, code.is_rotated]
-            numbers += [side is self.k and self.key_words]
-        return torch.tensor(numbers, dtype=torch.int64)
+        return _native_layout(self)
 
     def allocate(self, num_blocks: int, device: torch.device | str = "cpu") -> Tensor:
         """A cache [num_blocks, block_bytes] uint8, undefined but for the null block, which is zero."""
@@ -285,3 +279,15 @@ _ENCODERS: dict[str, Callable[[Tensor, KVCode], tuple[Tensor, Tensor]]] = {
     "fp8_e4m3": _encode_fp8,
     "int4": _encode_int4,
 }
+
+
+@cache  # for ever: recorded steps hold the address
+def _native_layout(kv_format: KVFormat) -> Tensor:
+    numbers = [kv_format.block_bytes, kv_format.head_bytes, kv_format.num_kv_heads]
+    numbers += [kv_format.block_size, kv_format.head_dim]
+    for side in (kv_format.k, kv_format.v):
+        code = side.code
+        numbers += [list(CODES).index(code.name), side.data_offset, side.params_offset, side.row_bytes]
+        numbers += [code.group_size(kv_format.head_dim), side.num_groups * code.num_params, code.is_rotated]
+        numbers += [side is kv_format.k and kv_format.key_words]
+    return torch.tensor(numbers, dtype=torch.int64)

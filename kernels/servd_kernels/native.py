@@ -5,7 +5,8 @@ import ctypes
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,19 +32,23 @@ class Library:
         self.isas = [isa for isa in build.isas() if handle.servd_cpu_supports(_ISA_CODES[isa])]
         self.isa = self.isas[0]
         self.functions: list[Function] = []
+        self.replay: Any = handle.servd_replay  # of common/replay.cpp: address, number of calls → index of a fault
+        self.replay.argtypes, self.replay.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_int64
 
 
 class Function:
     """One function of the library. `call` is the ctypes function of the instruction set in use: kernels take
-    it from here at each call, which costs one attribute, and `select_isa` replaces it."""
+    it from here at each call, which costs one attribute; `select_isa` and `intercept` replace it."""
 
-    __slots__ = ("call", "name", "result", "types")
+    __slots__ = ("_pinned", "call", "isa", "name", "result", "types")
 
-    def __init__(self, name: str, types: str, result: str = "i") -> None:
-        """`types` and `result` spell the C types: p pointer, l int64, f float, i int."""
+    def __init__(self, name: str, types: str, result: str = "i", isa: str | None = None) -> None:
+        """`types` and `result` spell the C types: p pointer, l int64, f float, i int; `isa`: always this one."""
         self.name = name
-        self.types = [_TYPES[letter] for letter in types]
-        self.result = _TYPES[result]
+        self.types = types
+        self.result = result
+        self.isa = isa
+        self._pinned: dict[str, Function] = {}
         self.call: Callable[..., int] = self._missing
         loaded = library()
         if loaded is not None:
@@ -51,10 +56,18 @@ class Function:
             self.point_at(loaded)
 
     def point_at(self, loaded: Library) -> None:
-        function: Any = loaded.handle[f"servd_{loaded.isa}_{self.name}"]
-        function.argtypes = self.types
-        function.restype = self.result
+        function: Any = loaded.handle[f"servd_{self.isa or loaded.isa}_{self.name}"]
+        function.argtypes = [_TYPES[letter] for letter in self.types]
+        function.restype = _TYPES[self.result]
         self.call = function
+
+    def pinned(self) -> "Function":
+        """This function in the instruction set in use now, whatever is selected later: what packed weights hold."""
+        loaded = library()
+        isa = loaded.isa if loaded is not None else ""
+        if isa not in self._pinned:
+            self._pinned[isa] = Function(self.name, self.types, self.result, isa)
+        return self._pinned[isa]
 
     def _missing(self, *_: object) -> int:
         raise RuntimeError(missing_reason())
@@ -114,6 +127,22 @@ def select_isa(name: str) -> None:
     if loaded is None:
         raise ValueError(str(missing_reason()))
     _select(loaded, name)
+
+
+@contextmanager
+def intercept(wrap: Callable[[Function], Callable[..., int]]) -> Iterator[None]:
+    """Calls of every function go to `wrap(function)` instead, which finds the real one in `function.call`."""
+    loaded = library()
+    functions = list(loaded.functions) if loaded is not None else []
+    calls = [function.call for function in functions]
+    wrapped = [wrap(function) for function in functions]
+    try:
+        for function, call in zip(functions, wrapped, strict=True):
+            function.call = call
+        yield
+    finally:
+        for function, call in zip(functions, calls, strict=True):
+            function.call = call
 
 
 def _select(loaded: Library, name: str) -> None:

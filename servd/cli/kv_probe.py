@@ -26,7 +26,7 @@ DEFAULT_CHOICES = ("fp8_e4m3", "int8", "k=int8,v=int4", "int4")
 # Every flag of these sections that changes what is measured; the others belong to serving.
 OMITTED = (
     "served_model_name", "generation_config", "seed", "kv_cache_dtype", "kv_shadow_rate", "gpu_memory_utilization",
-    "enable_prefix_caching", "cuda_graphs", "executor", "max_worker_restarts",
+    "enable_prefix_caching", "replay_steps", "executor", "max_worker_restarts",
 )  # fmt: skip
 
 

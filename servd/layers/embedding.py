@@ -10,9 +10,8 @@ from functools import partial
 from typing import cast
 
 import torch
-from servd_kernels import linear
+from servd_kernels import embedding, linear
 from torch import Tensor
-from torch.nn import functional
 
 from servd.layers.base import Layer, LayerContext, WeightSlot
 
@@ -31,7 +30,8 @@ class VocabEmbedding(Layer):
         self._weight: Tensor | None = torch.zeros(
             self.num_rows, hidden_size, dtype=context.dtype, device=context.device
         )
-        self._rows: Callable[[Tensor], Tensor] = partial(functional.embedding, weight=self._weight)
+        look_up = embedding.OP.bind(device=context.device.type, dtype=context.dtype)
+        self._rows: Callable[[Tensor], Tensor] = partial(look_up, table=self._weight)
 
     def weight_slots(self) -> dict[str, WeightSlot]:
         return {f"{self._name}.weight": WeightSlot((self.vocab_size, self.hidden_size), self._load)}

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from servd.attention.metadata import AttentionMetadata
 from servd.outputs import KVShadowSample, ModelRunnerOutput, SchedulerOutput, TokenLogprobs
-from servd.worker.cuda_graph import DecodeGraphs
 from servd.worker.input_batch import InputBatch, PackedBatch, PromptTargets
 from servd.worker.kv_cache import PagedKVCache
 from servd.worker.kv_shadow import MAX_TOKENS, KVShadow
@@ -40,6 +39,13 @@ class RunnableModel(Protocol):
         """hidden [num_rows, hidden] → [num_rows, vocab_size] float32."""
 
 
+class StepReplay(Protocol):
+    """Another way to run a step: CUDA graphs, or recorded native calls."""
+
+    def run(self, packed: PackedBatch) -> Tensor | None:
+        """Hidden states [num_tokens, hidden_size], valid until the next call; None: this step runs as usual."""
+
+
 @dataclass(slots=True)
 class _Sampled:
     """What the sampling rows of a step gave."""
@@ -61,10 +67,10 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         device: torch.device,
-        graphs: DecodeGraphs | None = None,
+        graphs: StepReplay | None = None,
         shadow: KVShadow | None = None,
     ) -> None:
-        """`graphs`: how steps of single tokens run; `shadow`: what compares some steps with an unquantized cache."""
+        """`graphs`: another way to run steps; `shadow`: what compares some of them with an unquantized cache."""
         self.model = model
         self.kv_cache = kv_cache
         self.device = device

@@ -25,7 +25,8 @@ from servd.worker.cuda_graph import CudaCapture, DecodeGraphs
 from servd.worker.device import load_on_device
 from servd.worker.kv_cache import PagedKVCache, num_blocks_for
 from servd.worker.kv_shadow import KVShadow
-from servd.worker.model_runner import ModelRunner
+from servd.worker.model_runner import ModelRunner, StepReplay
+from servd.worker.recorded_steps import RecordedSteps
 
 if TYPE_CHECKING:
     from servd.hub.files import ModelFiles  # the control plane's: only its shape is used here
@@ -57,21 +58,22 @@ class Worker:
             max_num_seqs=max_num_seqs,
             max_model_len=self.max_model_len,
             device=self.device,
-            graphs=self._decode_graphs(config),
+            graphs=self._step_replay(config),
             shadow=self._shadow(config),
         )
 
-    def _decode_graphs(self, config: EngineConfig) -> DecodeGraphs | None:
-        if self.device.type != "cuda" or not config.model.cuda_graphs:
-            return None
-        return DecodeGraphs(
-            self.model.forward,
-            self.kv_cache.layers,
-            max_num_seqs=config.scheduler.max_num_seqs,
-            max_blocks=-(-self.max_model_len // self.kv_cache.block_size),
-            device=self.device,
-            capture=CudaCapture(),
-        )
+    def _step_replay(self, config: EngineConfig) -> StepReplay | None:
+        max_num_seqs = config.scheduler.max_num_seqs
+        max_blocks = -(-self.max_model_len // self.kv_cache.block_size)
+        forward, caches = self.model.forward, self.kv_cache.layers
+        if self.device.type == "cpu" and config.model.replay_steps and native.library() is not None:
+            return RecordedSteps(forward, caches, max_num_seqs=max_num_seqs, max_blocks=max_blocks)
+        if self.device.type == "cuda" and config.model.replay_steps:
+            return DecodeGraphs(
+                forward, caches, max_num_seqs=max_num_seqs, max_blocks=max_blocks, device=self.device,
+                capture=CudaCapture(),
+            )  # fmt: skip
+        return None
 
     def _shadow(self, config: EngineConfig) -> KVShadow | None:
         kv_dtype = KVCacheDtype.from_config(config.cache)

@@ -18,6 +18,7 @@ from servd_kernels.linear import linear, pack
 
 OPS = [
     "copy_blocks",
+    "embedding",
     "gelu",
     "gelu_and_mul",
     "layer_norm",

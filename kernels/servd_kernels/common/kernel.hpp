@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "pool.hpp"
+#include "recordable.hpp"
 #include "simd.hpp"
 
 namespace SERVD_ISA {

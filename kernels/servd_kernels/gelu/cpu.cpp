@@ -8,3 +8,4 @@ SERVD_EXPORT(gelu)(const void* x, int64_t row_stride, void* out, float* scales, 
     using namespace SERVD_ISA;
     return gelu_rows<false>({x, row_stride, out, scales, rows, width, dtype, code}, is_tanh);
 }
+SERVD_RECORDABLE(gelu)

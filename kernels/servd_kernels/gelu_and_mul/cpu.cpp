@@ -8,3 +8,4 @@ SERVD_EXPORT(gelu_and_mul)(const void* x, int64_t row_stride, void* out, float* 
     using namespace SERVD_ISA;
     return gelu_rows<true>({x, row_stride, out, scales, rows, width, dtype, code}, is_tanh);
 }
+SERVD_RECORDABLE(gelu_and_mul)

@@ -51,3 +51,4 @@ SERVD_EXPORT(layer_norm)(const void* x, int64_t outer_stride, int64_t inner_stri
         return 0;
     });
 }
+SERVD_RECORDABLE(layer_norm)

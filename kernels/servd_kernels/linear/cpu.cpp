@@ -152,6 +152,7 @@ SERVD_EXPORT(linear_rows)(const void* packed, const int64_t* ids, void* out, int
         return 0;
     });
 }
+SERVD_RECORDABLE(linear_rows)
 
 // x [m, k] with a row stride in elements; out [m, n] contiguous, of x's type or float; bias [n] ([2 * n] with a
 // gate) or null; residual [m, n] with a row stride, or null: out = activation(x W^T + bias) + residual, or with a
@@ -183,3 +184,4 @@ SERVD_EXPORT(linear)(const void* x, int64_t x_stride, const void* packed, const 
         return 0;
     });
 }
+SERVD_RECORDABLE(linear)

@@ -29,18 +29,18 @@ def pack(weight: torch.Tensor, gated: bool = False) -> PackedWeight:
     data = torch.empty(len(parts) * _SIZE.call(rows, columns, code), dtype=weight.dtype)
     for first, part in enumerate(parts):
         _PACK.call(part.data_ptr(), part.stride(0), data.data_ptr(), rows, columns, first, len(parts), code)
-    take_rows = _ROWS.call
+    take_rows = _ROWS.pinned()
 
     def unpack_rows(ids: torch.Tensor) -> torch.Tensor:
         if gated:
             raise ValueError("rows of a gated weight are not kept in order: pack it with gated=False")
         ids = ids.contiguous()
         out = torch.empty(len(ids), columns, dtype=data.dtype)
-        if take_rows(data.data_ptr(), ids.data_ptr(), out.data_ptr(), len(ids), rows, columns, code):
+        if take_rows.call(data.data_ptr(), ids.data_ptr(), out.data_ptr(), len(ids), rows, columns, code):
             raise IndexError(f"row ids must be in 0..{rows - 1}")
         return out
 
-    return PackedWeight(data, rows, columns, run, unpack_rows, _KERNEL.call, gated)
+    return PackedWeight(data, rows, columns, run, unpack_rows, _KERNEL.pinned(), gated)
 
 
 def run(
@@ -56,7 +56,7 @@ def run(
         x = x.contiguous()
     rows = x.shape[0]
     out = torch.empty(rows, packed.out_features, dtype=out_dtype or x.dtype)
-    packed.kernel(
+    packed.kernel.call(
         x.data_ptr(), x.stride(0), packed.data.data_ptr(), None if bias is None else bias.data_ptr(),
         None if residual is None else residual.data_ptr(), 0 if residual is None else residual.stride(0),
         out.data_ptr(), rows, packed.out_features, packed.in_features, ACTIVATIONS[activation], packed.gated,

@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from servd_kernels.native import Function
+
 # enum Activation of common/activation.hpp
 ACTIVATIONS: dict[str | None, int] = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 
@@ -40,7 +42,7 @@ class PackedWeight:
     in_features: int
     run: Run
     rows: Callable[[torch.Tensor], torch.Tensor]  # ids [n] int64 -> those rows of the weight [n, in_features], exact
-    kernel: Callable[..., int] | None = None  # native code of the instruction set that fits the layout
+    kernel: Function | None = None  # native code of the instruction set that fits the layout
     gated: bool = False
 
 

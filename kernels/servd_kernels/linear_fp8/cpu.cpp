@@ -65,3 +65,4 @@ SERVD_EXPORT(linear_fp8)(const void* x, int64_t x_stride, const void* x_scales, 
         return 0;
     });
 }
+SERVD_RECORDABLE(linear_fp8)

@@ -23,7 +23,7 @@ def bind(device: str, dtype: torch.dtype, **axes: object) -> BoundLinear:
 def pack(codes: torch.Tensor, scales: torch.Tensor, activations: str = "none") -> PackedWeight:
     data = pack_codes(codes.view(torch.uint8), 8, 0)
     rows, columns = codes.shape
-    return PackedWeight(data, pack_groups(scales.unsqueeze(1)), rows, columns, activations, run, _KERNEL.call)
+    return PackedWeight(data, pack_groups(scales.unsqueeze(1)), rows, columns, activations, run, _KERNEL.pinned())
 
 
 def run(
@@ -43,7 +43,7 @@ def run(
     out = torch.empty(
         rows, packed.out_features, dtype=out_dtype or (torch.float32 if x_scales is not None else x.dtype)
     )
-    packed.kernel(
+    packed.kernel.call(
         x.data_ptr(), x.stride(0), None if x_scales is None else x_scales.data_ptr(), packed.data.data_ptr(),
         packed.scales.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), rows,
         packed.out_features, depth, native.DTYPES.get(x.dtype, _FP8),

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from servd_kernels.native import Function
+
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
@@ -17,7 +19,7 @@ class PackedWeight:
     in_features: int
     activations: str  # "none": as they come; "fp8": rounded to e4m3 in each row, first
     run: "Run"
-    kernel: Callable[..., int] | None = None  # native code of the instruction set that fits the layout
+    kernel: Function | None = None  # native code of the instruction set that fits the layout
 
 
 # x, packed, bias, out_dtype, x_scales, activation

@@ -97,3 +97,4 @@ SERVD_EXPORT(linear_w8a8)(const void* x, int64_t x_stride, const void* x_scales,
     for_units(m, n, k, [&call, &rows](int64_t panel, int64_t first_row) { unit(call, rows, panel, first_row); });
     return 0;
 }
+SERVD_RECORDABLE(linear_w8a8)

@@ -25,7 +25,7 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, activation_group: int | None
     data = pack_codes(codes.view(torch.uint8) ^ 128, 8, 128)
     rows, columns = codes.shape
     packed_scales = pack_groups(scales.unsqueeze(1))
-    return PackedWeight(data, packed_scales, rows, columns, activation_group, run, _KERNEL.call)
+    return PackedWeight(data, packed_scales, rows, columns, activation_group, run, _KERNEL.pinned())
 
 
 def run(
@@ -45,7 +45,7 @@ def run(
     out = torch.empty(
         rows, packed.out_features, dtype=out_dtype or (torch.float32 if x_scales is not None else x.dtype)
     )
-    packed.kernel(
+    packed.kernel.call(
         x.data_ptr(), x.stride(0), None if x_scales is None else x_scales.data_ptr(), packed.data.data_ptr(),
         packed.scales.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), rows,
         packed.out_features, depth, packed.activation_group or (depth + 63) // 64 * 64,

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from servd_kernels.native import Function
+
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
@@ -17,7 +19,7 @@ class PackedWeight:
     in_features: int
     activation_group: int | None  # columns of x that share a scale; None: the whole row
     run: "Run"
-    kernel: Callable[..., int] | None = None  # native code of the instruction set that fits the layout
+    kernel: Function | None = None  # native code of the instruction set that fits the layout
 
 
 # x, packed, bias, out_dtype, x_scales, activation

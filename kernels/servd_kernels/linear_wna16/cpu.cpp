@@ -83,3 +83,4 @@ SERVD_EXPORT(linear_wna16)(const void* x, int64_t x_stride, const void* words, c
     return bits == 4 ? run<Int4>(call, x, x_dtype, x_stride, is_integer)
                      : run<Int8>(call, x, x_dtype, x_stride, is_integer);
 }
+SERVD_RECORDABLE(linear_wna16)

@@ -31,7 +31,7 @@ def pack(weight: GroupedWeight, activations: str = "none") -> PackedWeight:
         pack_codes(weight.codes, weight.bits, 2 ** (weight.bits - 1)),
         pack_groups(weight.scales),
         None if offsets is None else pack_groups(offsets),
-        rows, columns, weight.bits, weight.group_size, activations, run, _KERNEL.call,
+        rows, columns, weight.bits, weight.group_size, activations, run, _KERNEL.pinned(),
     )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def run(
         zeros, minima = packed.offsets.data_ptr(), None
         if packed.offsets.dtype != torch.uint8:
             zeros, minima = None, zeros
-    packed.kernel(
+    packed.kernel.call(
         x.data_ptr(), x.stride(0), packed.data.data_ptr(), packed.scales.data_ptr(), zeros, minima,
         None if bias is None else bias.data_ptr(), out.data_ptr(), rows, packed.out_features, depth,
         min(packed.group_size, depth), packed.bits, native.DTYPES[x.dtype], native.DTYPES[packed.scales.dtype],

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from servd_kernels.native import Function
 from servd_kernels.weight_quant import group_count, spread
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,7 +75,7 @@ class PackedWeight:
     group_size: int
     activations: str  # "none": as they come; "int8": rounded to int8 in each group of columns, first
     run: "Run"
-    kernel: Callable[..., int] | None = None  # native code of the instruction set that fits the layout
+    kernel: Function | None = None  # native code of the instruction set that fits the layout
     form: object = None  # what else the backend must know of its layout
 
 

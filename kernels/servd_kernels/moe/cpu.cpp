@@ -135,3 +135,4 @@ SERVD_EXPORT(moe)(const void* x, int64_t x_stride, const void* gate_up, const vo
         return 0;
     });
 }
+SERVD_RECORDABLE(moe)

@@ -23,7 +23,7 @@ def bind(device: str, dtype: torch.dtype, **axes: object) -> BoundMoe:
 def pack(gate_up: torch.Tensor, down: torch.Tensor) -> PackedExperts:
     experts, hidden, intermediate = down.shape
     return PackedExperts(
-        _pack(gate_up, intermediate, 2), _pack(down, hidden, 1), experts, hidden, intermediate, run, _KERNEL.call
+        _pack(gate_up, intermediate, 2), _pack(down, hidden, 1), experts, hidden, intermediate, run, _KERNEL.pinned()
     )
 
 
@@ -48,7 +48,7 @@ def run(
     assert packed.kernel is not None, "the experts were packed by another backend"
     tokens, top_k = ids.shape
     out = torch.empty(tokens, packed.hidden, dtype=x.dtype)
-    packed.kernel(
+    packed.kernel.call(
         x.data_ptr(), x.stride(0), packed.gate_up.data_ptr(), packed.down.data_ptr(), weights.data_ptr(),
         ids.data_ptr(), out.data_ptr(), tokens, top_k, packed.num_experts, packed.hidden, packed.intermediate,
         ACTIVATIONS[activation], native.DTYPES[x.dtype],

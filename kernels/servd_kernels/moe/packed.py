@@ -1,11 +1,12 @@
 """Owns the types that moe's backends share: packed experts, and the pair of functions a layer binds.
 Does not know any layout."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from servd_kernels.native import Function
 
 
 class Run(Protocol):
@@ -37,7 +38,7 @@ class PackedExperts:
     hidden: int
     intermediate: int
     run: Run
-    kernel: Callable[..., int] | None = None  # native code of the instruction set that fits the layout
+    kernel: Function | None = None  # native code of the instruction set that fits the layout
 
 
 @dataclass(frozen=True, slots=True)

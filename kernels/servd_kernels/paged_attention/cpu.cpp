@@ -155,3 +155,4 @@ SERVD_EXPORT(paged_attention)(const int64_t* layout, const void* q, int64_t q_to
     int fault = check(call, num_tokens, num_blocks);
     return fault ? fault : run(call);
 }
+SERVD_RECORDABLE(paged_attention)

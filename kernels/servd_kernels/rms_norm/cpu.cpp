@@ -38,3 +38,4 @@ SERVD_EXPORT(rms_norm)(const void* x, int64_t outer_stride, int64_t inner_stride
         return 0;
     });
 }
+SERVD_RECORDABLE(rms_norm)

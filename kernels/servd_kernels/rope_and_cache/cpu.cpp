@@ -148,3 +148,4 @@ SERVD_EXPORT(rope_and_cache)(void* q, int64_t q_token_stride, int64_t q_head_str
         return 0;
     });
 }
+SERVD_RECORDABLE(rope_and_cache)

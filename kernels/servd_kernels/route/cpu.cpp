@@ -107,3 +107,4 @@ SERVD_EXPORT(route)(const void* logits, int64_t row_stride, const float* bias, f
         return 0;
     });
 }
+SERVD_RECORDABLE(route)

@@ -9,3 +9,4 @@ SERVD_EXPORT(silu_and_mul)(const void* x, int64_t row_stride, void* out, float* 
     return activate_rows<true>({x, row_stride, out, scales, rows, width, dtype, code},
                                [](vf x) { return silu(x); });
 }
+SERVD_RECORDABLE(silu_and_mul)
