@@ -47,10 +47,8 @@ async def find_server(url: str, model: str | None, options: RequestOptions) -> S
                 listed = _models(await response.read(), url)
                 software = response.headers.get("Server", "")
             entry = _choose(listed, model, url)
-            server = Server(
-                url, str(entry["id"]), _context(entry),
-                " ".join(filter(None, (str(entry.get("owned_by") or ""), software))), False,
-            )  # fmt: skip
+            software = " ".join(dict.fromkeys(filter(None, (str(entry.get("owned_by") or ""), software))))
+            server = Server(url, str(entry["id"]), _context(entry), software, tokenizes=False)
             tokenizes = await _tokenize(session, server, "a word") is not None
             return dataclasses.replace(server, tokenizes=tokenizes)
     except (aiohttp.ClientError, TimeoutError, OSError) as error:

@@ -36,6 +36,11 @@ class Lengths:
             raise ConfigError(f"{flag} is {text!r}; allowed: N or MEAN:STD tokens, at least 1")
         return lengths
 
+    def __str__(self) -> str:
+        if self.sigma:
+            return f"log-normal {self.low}–{self.high}, median {self.center:g}"
+        return f"{self.center:g} ± {self.std:g}" if self.std else f"{self.center:g}"
+
     def draw(self, rng: random.Random) -> int:
         """One length."""
         if self.sigma:
@@ -69,6 +74,13 @@ class WorkloadSpec:
     def shared_prefix(cls, num_requests: int = 32, seed: int = 0) -> WorkloadSpec:
         """Requests with one long prefix in common: what a prefix cache is for."""
         return cls(num_requests, seed, PREFIX_INPUT, PREFIX_OUTPUT, PREFIX_TOKENS)
+
+    def describe(self) -> str:
+        """In words, lengths in tokens."""
+        text = f"{self.num_requests} prompts of {self.input_tokens}, answers of {self.output_tokens} tokens"
+        if self.prefix_tokens:
+            text += f", after {self.num_prefixes} shared prefixes of {self.prefix_tokens}"
+        return text
 
 
 def make_workload(corpus: Corpus, spec: WorkloadSpec) -> list[BenchRequest]:
