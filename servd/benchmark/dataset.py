@@ -19,7 +19,7 @@ from servd.benchmark.workload import CHAT_OUTPUT, Lengths
 from servd.errors import ConfigError
 
 Tokenize = Callable[[list[str]], Awaitable[list[list[int]]]]
-KNOWN = 'conversations ("from", "value"), messages ("role", "content"), or prompt or prompt_token_ids, and output_tokens'
+KNOWN = 'conversations ("from", "value"), messages ("role", "content"), or prompt (or prompt_token_ids), output_tokens'
 _JSON = msgspec.json.Decoder()
 ASKING = ("human", "user")
 ANSWERING = ("gpt", "assistant", "chatgpt", "bing", "bard")

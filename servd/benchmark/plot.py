@@ -6,6 +6,7 @@ Knows nothing of measuring.
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from servd.benchmark.results import RequestRow, RunResult, Summary
 
 Curve = tuple[str, Callable[[Summary], float | None]]
 BINS = 60  # of the throughput's timeline
+TITLE_WIDTH = 90
 
 
 def plot_runs(runs: Sequence[RunResult], summaries: Sequence[Summary], title: str, path: Path) -> None:
@@ -27,12 +29,13 @@ def plot_runs(runs: Sequence[RunResult], summaries: Sequence[Summary], title: st
 
     several = len({run.load for run in runs}) > 1
     figure, axes = pyplot.subplots(2 + several, 1, figsize=(8, 7 + 3 * several), layout="constrained", squeeze=False)
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(textwrap.fill(title, TITLE_WIDTH), fontsize="medium")
     panels = list(axes[:, 0])
     if several:
         _draw_tradeoff(panels.pop(0), runs, summaries)
     _draw_requests(panels[0], runs[-1])
     _draw_throughput(panels[1], runs[-1])
+    panels[0].sharex(panels[1])
     figure.savefig(path)
     pyplot.close(figure)
 
@@ -69,7 +72,7 @@ def _draw_requests(axes: Any, run: RunResult) -> None:
         first = begin + (row.ttft_ms or row.e2e_ms) / 1e3
         axes.barh(i, first - begin, left=begin, height=1, color="tab:red" if row.error else "tab:orange")
         axes.barh(i, end - first, left=first, height=1, color="tab:red" if row.error else "tab:blue")
-    axes.set(xlabel=f"s, {run.load}: orange waits for its first token, blue answers", ylabel="request", xlim=(0, None))
+    axes.set(xlabel=f"s, {run.load}: orange waits for its first token, blue answers", ylabel="request")
 
 
 def _draw_throughput(axes: Any, run: RunResult) -> None:
