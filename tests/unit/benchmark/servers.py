@@ -55,7 +55,7 @@ async def scripted_server(**routes: Handler):
     app = web.Application()
     for path, handler in routes.items():
         app.router.add_route("*", "/" + path.replace("_", "/"), handler)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, handler_cancellation=True)  # one that waits must not hold up the end
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
