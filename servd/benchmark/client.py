@@ -115,7 +115,7 @@ class _Usage(msgspec.Struct):
 class _Event(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 _EVENTS = msgspec.json.Decoder(_Event)
@@ -152,8 +152,9 @@ class _Stream:
             event = _EVENTS.decode(event_json)
         except msgspec.DecodeError as error:
             raise RequestFailed("event", f"{error}: {event_json[:MAX_MESSAGE]!r}") from None
-        if event.error is not None and event.error != b"null":
-            raise RequestFailed("event", bytes(event.error).decode("utf-8", "replace"))
+        if event.error is not None:
+            has_message = isinstance(event.error, dict) and "message" in event.error
+            raise RequestFailed("event", str(event.error["message"] if has_message else event.error))
         if event.usage is not None:
             self.usage = event.usage
         for choice in event.choices:

@@ -21,8 +21,9 @@ from tests.fakes import FakeEngine
 class ServdServer:
     """servd over a fake worker, in a thread of its own; its tokenizer makes a token of each byte."""
 
-    def __init__(self, folder: Path, config: ServerConfig | None = None) -> None:
+    def __init__(self, folder: Path, config: ServerConfig | None = None, **settings: Any) -> None:
         self.folder = folder
+        self.settings = settings  # flat EngineConfig names
         self.config = config or ServerConfig(port=0)
 
     def __enter__(self) -> ServdServer:
@@ -38,7 +39,7 @@ class ServdServer:
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        async with FakeEngine(self.folder) as self.fake:
+        async with FakeEngine(self.folder, self.settings) as self.fake:
             runner, port = await start_http(InferenceService(self.fake.engine, "fake"), self.config)
             self.url = f"http://127.0.0.1:{port}"
             self._up.set()
