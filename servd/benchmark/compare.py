@@ -54,6 +54,7 @@ class Difference:
     low: float | None  # of the 95 % interval of `change`; None if there is none
     high: float | None
     higher_is_better: bool
+    from_repetitions: bool  # the interval is; else it rests on single runs
 
     @property
     def is_significant(self) -> bool:
@@ -67,7 +68,8 @@ class Difference:
             return "unknown: repeat both (--repeat 3 or more)"
         if not self.is_significant:
             return "not significant"
-        return "better" if (self.change > 0) == self.higher_is_better else "worse"
+        verdict = "better" if (self.change > 0) == self.higher_is_better else "worse"
+        return verdict if self.from_repetitions else f"{verdict}, if the machine did not drift"
 
 
 def compare_reports(a: Report, b: Report, seed: int = 0) -> list[Difference]:
@@ -90,7 +92,8 @@ def _compare_load(
     found: list[Difference | None] = []
     for name, rate in RATES.items():
         values = [rate(summary) for summary in summaries[0]], [rate(summary) for summary in summaries[1]]
-        found.append(_difference(load, name, *values, _repetition_draws(*values, rng) if repeated else None, True))
+        draws = _repetition_draws(*values, rng) if repeated else None
+        found.append(_difference(load, name, *values, draws, True, repeated))
     for time_name, times in TIMES.items():
         for statistic_name, statistic in STATISTICS.items():
             values = _of_runs(a, times, statistic), _of_runs(b, times, statistic)
@@ -100,7 +103,7 @@ def _compare_load(
                 draws = _repetition_draws(*values, rng)
             else:
                 draws = _request_draws(a, b, times, statistic, same_work, rng)
-            found.append(_difference(load, f"{time_name} {statistic_name} ms", *values, draws, False))
+            found.append(_difference(load, f"{time_name} {statistic_name} ms", *values, draws, False, repeated))
     return [difference for difference in found if difference is not None]
 
 
@@ -115,7 +118,13 @@ def _of_runs(
 
 
 def _difference(
-    load: str, metric: str, a: list[float], b: list[float], log_ratios: np.ndarray | None, higher_is_better: bool
+    load: str,
+    metric: str,
+    a: list[float],
+    b: list[float],
+    log_ratios: np.ndarray | None,
+    higher_is_better: bool,
+    repeated: bool,
 ) -> Difference | None:
     """None where a side has nothing: a ratio to zero says nothing."""
     if min(*a, *b) <= 0:
@@ -124,7 +133,7 @@ def _difference(
     low = high = None
     if log_ratios is not None:
         low, high = (float(np.expm1(edge)) for edge in np.percentile(log_ratios, TAILS))
-    return Difference(load, metric, mean_a, mean_b, mean_b / mean_a - 1, low, high, higher_is_better)
+    return Difference(load, metric, mean_a, mean_b, mean_b / mean_a - 1, low, high, higher_is_better, repeated)
 
 
 def _repetition_draws(a: list[float], b: list[float], rng: np.random.Generator) -> np.ndarray | None:

@@ -90,8 +90,8 @@ def _add_load_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--rate", metavar="X,X,...", help="arrivals a second, whatever becomes of them [default: none]")
     group.add_argument(
-        "--arrival", choices=("poisson", "gamma"), help="[default: poisson, with --burstiness gamma]"
-    )  # fmt: skip
+        "--arrival", choices=("poisson", "gamma"), help="their gaps [default: poisson, with --burstiness gamma]"
+    )
     group.add_argument(
         "--burstiness", type=float, metavar="X", help="gamma's shape: below 1 in bursts, above 1 evenly [default: 1]"
     )
@@ -100,7 +100,7 @@ def _add_load_flags(group: argparse._ArgumentGroup) -> None:
         help="lengths and arrivals of a trace: Azure's CSV, Mooncake's JSON lines; with --concurrency or --rate, "
         "its lengths alone",
     )  # fmt: skip
-    group.add_argument("--trace-speed", type=float, default=1.0, metavar="X", help="times as fast [default: 1]")
+    group.add_argument("--trace-speed", type=float, metavar="X", help="times as fast [default: 1]")
     group.add_argument("--trace-limit", type=int, metavar="N", help="its first N requests [default: all]")
     group.add_argument("--repeat", type=int, default=1, metavar="N", help="repetitions of every load [default: 1]")
     group.add_argument("--warmup", type=int, default=8, metavar="N", help="uncounted requests before [default: 8]")
@@ -112,13 +112,13 @@ def _add_request_flags(group: argparse._ArgumentGroup) -> None:
         help="lengths of a chat, a shared prefix of 512 tokens, or --dataset [default: chat, with --dataset file]",
     )  # fmt: skip
     group.add_argument("--dataset", type=Path, metavar="FILE", help="ShareGPT-like JSON, or JSON lines with prompts")
-    group.add_argument("--num-requests", type=int, metavar="N", help="a run [default: 64; prefix 32; trace all]")
+    group.add_argument("--num-requests", type=int, metavar="N", help="a run [default: 64, prefix 32]")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="decides the requests [default: 0]")
     group.add_argument(
         "--salt", type=int, metavar="N", help="decides their first tokens [default: new ones, no cache has seen them]"
     )
-    group.add_argument("--input-tokens", metavar="N[:STD]", help="[default: log-normal, 32 to 512, median 128]")
-    group.add_argument("--output-tokens", metavar="N[:STD]", help="[default: log-normal, 32 to 256, median 96]")
+    group.add_argument("--input-tokens", metavar="N[:STD]", help="[default: log-normal, 32–512, median 128]")
+    group.add_argument("--output-tokens", metavar="N[:STD]", help="[default: log-normal, 32–256, median 96]")
     group.add_argument("--prefix-tokens", type=int, metavar="N", help="in common, before the others [default: 0]")
     group.add_argument("--num-prefixes", type=int, metavar="N", help="different ones, in turn [default: 1]")
     group.add_argument(
@@ -185,10 +185,14 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{flag.replace('_', '-')} is {value}; allowed: 0 or more")
     if (arguments.workload == "file") != (arguments.dataset is not None) and arguments.workload is not None:
         raise ConfigError(f"--workload {arguments.workload}: allowed: file with --dataset FILE, others without")
+    if not arguments.trace and (arguments.trace_speed or arguments.trace_limit):
+        raise ConfigError("--trace-speed and --trace-limit: allowed only with --trace")
+    if arguments.num_prefixes and not (arguments.prefix_tokens or arguments.workload == "prefix"):
+        raise ConfigError("--num-prefixes: allowed only with --prefix-tokens or --workload prefix")
     if arguments.trace and (arguments.workload or arguments.dataset):
         raise ConfigError("--trace has its own requests; allowed: no --workload and no --dataset beside it")
     read_only = "--trace" if arguments.trace else "--dataset" if arguments.dataset else None
-    unused = MADE_ONLY + (("output_tokens",) if arguments.trace else ())
+    unused = MADE_ONLY + (("output_tokens", "num_requests") if arguments.trace else ())
     for flag in unused if read_only else ():
         if getattr(arguments, flag) is not None:
             raise ConfigError(f"--{flag.replace('_', '-')}: allowed only without {read_only}")
@@ -238,8 +242,8 @@ def _read_plan(arguments: argparse.Namespace) -> RequestPlan:
         dataset=arguments.dataset,
         dataset_output=given.get("output_tokens"),
         trace=arguments.trace,
-        trace_limit=arguments.trace_limit or arguments.num_requests,
-        trace_speed=arguments.trace_speed,
+        trace_limit=arguments.trace_limit,
+        trace_speed=arguments.trace_speed or 1.0,
         prompt=arguments.prompt,
         max_model_len=arguments.max_model_len,
     )
