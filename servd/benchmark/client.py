@@ -184,7 +184,7 @@ async def ask(
     try:
         async with session.post(url, data=body, allow_redirects=False) as response:
             if response.status != 200:
-                raise RequestFailed(f"http {response.status}", await response.text())
+                raise RequestFailed(f"http {response.status}", await words_of(response))
             while data := await response.content.readany():
                 now = time.perf_counter()
                 new = stream.feed(data, now)
@@ -199,13 +199,19 @@ async def ask(
     except RequestFailed as error:
         kind, message = error.kind, str(error)
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        kind, message = failure_kind(error), str(error) or type(error).__name__
+        if not stream.is_done:  # else the answer is whole, whatever became of its connection
+            kind, message = failure_kind(error), str(error) or type(error).__name__
     watch.running -= 1
     watch.done += 1
     watch.failed += kind is not None
     row = _row(request, stream, start, origin)
     row.error, row.message = kind, message and message[:MAX_MESSAGE]
     return row
+
+
+async def words_of(response: aiohttp.ClientResponse) -> str:
+    """The beginning of a body in one line, whatever it is encoded in."""
+    return " ".join((await response.read()).decode("utf-8", "replace").split())[:MAX_MESSAGE]
 
 
 def failure_kind(error: Exception) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from servd.benchmark.client import PATHS, RequestOptions, ask_quietly, base_url
+from servd.benchmark.client import PATHS, RequestOptions, ask_quietly, base_url, words_of
 from servd.benchmark.corpus import Corpus
 from servd.benchmark.requests import BenchRequest
 from servd.errors import ConfigError, EngineUnavailableError, RequestFailedError
@@ -43,7 +43,7 @@ async def find_server(url: str, model: str | None, options: RequestOptions) -> S
         async with options.session() as session:
             async with session.get(f"{url}/v1/models", allow_redirects=False) as response:
                 if response.status != 200:
-                    raise RequestFailedError(f"{url}/v1/models answered {response.status}: {await _words(response)}")
+                    raise RequestFailedError(f"{url}/v1/models answered {response.status}: {await words_of(response)}")
                 listed = _models(await response.read(), url)
                 software = response.headers.get("Server", "")
             entry = _choose(listed, model, url)
@@ -82,10 +82,6 @@ def _context(entry: dict[str, Any]) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
-
-
-async def _words(response: aiohttp.ClientResponse) -> str:
-    return " ".join((await response.text(errors="replace")).split())[:300]
 
 
 async def _tokenize(session: aiohttp.ClientSession, server: Server, text: str) -> list[int] | None:

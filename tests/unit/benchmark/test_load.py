@@ -161,6 +161,20 @@ def test_statuses_timeouts_and_lost_connections_are_errors_of_their_kinds():
     assert "too many" in rows[0].message
 
 
+def test_an_answer_is_whole_with_done_even_if_its_connection_is_not():
+    async def hang_after_done(request: web.Request) -> web.StreamResponse:
+        response = await streaming(*ANSWER)(request)
+        await asyncio.sleep(30)
+        return response
+
+    async def main():
+        async with scripted_server(v1_completions=hang_after_done) as url:
+            return (await run_closed_loop(url, "m", ONE, 1, options=RequestOptions(timeout=0.5))).rows
+
+    (row,) = asyncio.run(main())
+    assert (row.error, row.output_tokens) == (None, 2)
+
+
 def test_options_are_sent_as_they_are_documented():
     bodies = []
 
