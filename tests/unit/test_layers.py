@@ -20,7 +20,8 @@ ALLOWED = {
     "scheduler": {"cache"} | COMMON,
     "engine": {"scheduler", "cache", "executor", "hub", "metrics"} | COMMON,
     "api": {"engine", "executor", "hub", "metrics", ""} | COMMON,
-    "cli": {"api", "engine", "eval", "executor", "hub", ""} | COMMON,
+    "cli": {"api", "benchmark", "engine", "eval", "executor", "hub", ""} | COMMON,
+    "benchmark": {"eval", ""} | COMMON,  # of eval the text alone
     "eval": {"models", "attention", "worker", "hub"} | COMMON,
     "executor": {"worker", "hub"} | COMMON,
     "worker": {"models", "attention", "distributed", "executor", "hub"} | COMMON,
@@ -78,7 +79,8 @@ def test_kernels_know_nothing_of_servd(path):
     assert not [module for module in imports_of(path) if module.split(".")[0] == "servd"]
 
 
-FRONT = ["servd", "servd.engine.async_engine", "servd.engine.llm", "servd.executor.multiproc", "servd.api.lifecycle"]
+FRONT = ["servd", "servd.engine.async_engine", "servd.engine.llm", "servd.executor.multiproc", "servd.api.lifecycle",
+         "servd.benchmark.session", "servd.benchmark.plan"]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", FRONT)
