@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +26,20 @@ ROOT = Path(__file__).resolve().parents[1]
 # This folder must not be searched for modules: Python's own `profile` would be this file.
 sys.path[:] = [str(ROOT), str(ROOT / "kernels"), *(p for p in sys.path if Path(p or ".").resolve() != ROOT / "bench")]
 
-from bench.profiling.account import Account, Limits, front_rows, spans_of, steps_of, worker_rows  # noqa: E402
+from bench.profiling.account import Account, Limits, front_rows, kernels_of, spans_of, steps_of, worker_rows  # noqa: E402
 from bench.profiling.process import FOLDER_VARIABLE, OPS_VARIABLE  # noqa: E402
 from bench.profiling.show import flame_graph, table  # noqa: E402
 from bench.profiling.spans import difference  # noqa: E402
+from servd.config import ModelConfig  # noqa: E402
 
 if TYPE_CHECKING:
     from servd.benchmark import RunResult
 
+    Record = tuple[RunResult, dict[str, dict[str, Any]]]  # what the client saw; by process, its tree and clocks
+
 REQUESTS = {1: 6, 8: 24}  # by concurrency; else twice as many as run at once: a run of some ten seconds
+# A replayed step is one call: to see its kernels, each must be called by itself.
+NO_REPLAY = ["--no-replay-steps"] if any(field.name == "replay_steps" for field in fields(ModelConfig)) else []
 START_SECONDS, SNAPSHOT_SECONDS = 120, 10
 
 
@@ -42,29 +48,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, epilog="Other flags go to `servd serve`.", allow_abbrev=False)
     parser.add_argument("--concurrency", default="1,8,32", metavar="N,...", help="default: 1,8,32")
     parser.add_argument("--requests", type=int, metavar="N", help="at each; default: some ten seconds' worth")
-    parser.add_argument("--no-ops", action="store_true", help="leave kernels alone: steps as in production")
+    parser.add_argument("--no-ops", action="store_true", help="no second run, in which kernels are called one by one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--flame", type=Path, metavar="FOLDER", help="draw profile-cN.svg there")
     parser.add_argument("--port", type=int, default=0, help="HTTP; default: a free one")
-    arguments, serve_flags = parser.parse_known_args(argv)
-    port = arguments.port or free_port()
+    arguments, flags = parser.parse_known_args(argv)
     levels = [int(level) for level in arguments.concurrency.split(",")]
-    records = []
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {FOLDER_VARIABLE: folder, OPS_VARIABLE: str(int(not arguments.no_ops))}
-        with serving(port, serve_flags, Path(folder)) as processes:
-            for level in levels:
-                count = arguments.requests or REQUESTS.get(level, 2 * level)
-                records.append(record(port, level, count, processes))
+    runs = [(level, arguments.requests or REQUESTS.get(level, 2 * level)) for level in levels]
+    port = arguments.port or free_port()
+    records = record_all(port, flags, runs, ops=False)
+    detailed = [] if arguments.no_ops else record_all(port, [*flags, *NO_REPLAY], runs, ops=True)
     stand, limits = measure_limits()
-    accounts = [make_account(level, *record, limits) for level, record in zip(levels, records, strict=True)]
-    sys.stdout.write(f"{stand}\n`servd serve {' '.join(serve_flags)}`\n\n" + "\n".join(map(table, accounts)) + "\n")
+    accounts = [make_account(level, *record) for level, record in zip(levels, records, strict=True)]
+    for account, (result, meanwhile) in zip(accounts, detailed, strict=False):
+        rate = result.summary().output_tokens_per_s
+        account.kernels = kernels_of(meanwhile["worker"]["tree"], limits, rate)
+    sys.stdout.write(f"{stand}\n`servd serve {' '.join(flags)}`\n\n" + "\n".join(map(table, accounts)) + "\n")
     if arguments.json:
         content = {"command": sys.argv, "machine": stand, "runs": [account.as_dict() for account in accounts]}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     if arguments.flame:
-        draw(arguments.flame, accounts, records)
+        draw(arguments.flame, accounts, detailed or records)
     return 0 if all(account.agrees for account in accounts) else 1
+
+
+def record_all(port: int, flags: Sequence[str], runs: Sequence[tuple[int, int]], *, ops: bool) -> list[Record]:
+    """One server, and each of the runs (concurrency, requests) on it."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {FOLDER_VARIABLE: folder, OPS_VARIABLE: str(int(ops))}
+        with serving(port, flags, Path(folder)) as processes:
+            return [record(port, concurrency, count, processes) for concurrency, count in runs]
 
 
 @contextlib.contextmanager
@@ -124,9 +137,7 @@ class Recorded:
         return content
 
 
-def record(
-    port: int, concurrency: int, count: int, processes: dict[str, Recorded]
-) -> tuple[RunResult, dict[str, dict[str, Any]]]:
+def record(port: int, concurrency: int, count: int, processes: dict[str, Recorded]) -> Record:
     """One run of load, and by process what it did in that time."""
     run = asyncio.run(prepare(port, concurrency, count))
     run()  # warm caches and branch predictors; the next run has prompts of its own
@@ -168,7 +179,7 @@ def measure_limits() -> tuple[str, Limits]:
     return stand.describe(), stand.floor()
 
 
-def make_account(concurrency: int, result: RunResult, meanwhile: dict[str, dict[str, Any]], limits: Limits) -> Account:
+def make_account(concurrency: int, result: RunResult, meanwhile: dict[str, dict[str, Any]]) -> Account:
     """The run's time by parts."""
     summary = result.summary()
     worker, front = meanwhile["worker"], meanwhile["front"]
@@ -177,7 +188,7 @@ def make_account(concurrency: int, result: RunResult, meanwhile: dict[str, dict[
         wall=result.wall_s,
         steps=steps_of(worker["tree"]),
         output_tokens=summary.output_tokens,
-        worker=worker_rows(worker["tree"], limits),
+        worker=worker_rows(worker["tree"], None),
         front=front_rows(front["tree"], front["thread_seconds"], result.wall_s),
         processors={
             "worker": worker["process_seconds"], "front": front["process_seconds"], "client": result.client_cpu_s,
@@ -187,13 +198,13 @@ def make_account(concurrency: int, result: RunResult, meanwhile: dict[str, dict[
     )  # fmt: skip
 
 
-def draw(folder: Path, accounts: list[Account], records: list[tuple[RunResult, dict[str, dict[str, Any]]]]) -> None:
+def draw(folder: Path, accounts: list[Account], records: list[Record]) -> None:
     """A flame graph of each run."""
     folder.mkdir(parents=True, exist_ok=True)
-    for account, (_, meanwhile) in zip(accounts, records, strict=True):
-        title = f"{account.concurrency} at a time, {account.wall:.2f} s: the worker, and the front's processor time"
+    for account, (result, meanwhile) in zip(accounts, records, strict=True):
+        title = f"{account.concurrency} at a time, {result.wall_s:.2f} s: the worker, and the front's processor time"
         trees = {name: meanwhile[name]["tree"] for name in ("worker", "front")}
-        (folder / f"profile-c{account.concurrency}.svg").write_text(flame_graph(title, trees, account.wall))
+        (folder / f"profile-c{account.concurrency}.svg").write_text(flame_graph(title, trees, result.wall_s))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Owns what counts as an op, as Python between ops, as waiting. Does not know how 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -43,6 +43,25 @@ class Row:
 
 
 @dataclass(slots=True)
+class Kernels:
+    """The ops of the same load, each called and recorded by itself: without the replay of recorded steps."""
+
+    rate: float  # output tokens/s of that run
+    steps: int
+    rows: list[Row]  # by op and shape
+
+    @property
+    def by_op(self) -> list[Row]:
+        """Whatever the shape; largest first."""
+        return _merged(self.rows, lambda row: row.name.split(" ")[0])
+
+    @property
+    def floor_a_step(self) -> float:
+        """Seconds of a step at the machine's limits."""
+        return sum(row.floor_seconds or 0.0 for row in self.rows) / max(self.steps, 1)
+
+
+@dataclass(slots=True)
 class Account:
     """One run at one concurrency. `worker` adds up to `wall`; `front` is what the front did meanwhile."""
 
@@ -55,6 +74,7 @@ class Account:
     processors: dict[str, float]  # seconds of processor time by process
     recording: float  # seconds that recording itself took of the worker's thread, about
     latencies: dict[str, float | None] = field(default_factory=dict)
+    kernels: Kernels | None = None
 
     @property
     def covered(self) -> float:
@@ -67,24 +87,26 @@ class Account:
         return abs(self.covered / self.wall - 1) <= AGREEMENT
 
     @property
-    def floor(self) -> float:
-        """Seconds that the ops would take at the machine's limits, and nothing else would take any."""
-        return sum(row.floor_seconds or 0.0 for row in self.worker)
+    def parts(self) -> list[Row]:
+        """The worker's rows with those of a part together; largest first."""
+        return _merged(self.worker, lambda row: row.name if PYTHON in row.name else row.name.split(":")[0])
 
     @property
-    def parts(self) -> list[Row]:
-        """The worker's rows by op or part, whatever the shape; largest first."""
-        parts: dict[str, Row] = {}
-        for row in self.worker:
-            is_op = row.floor_seconds is not None
-            name = row.name.split(" ")[0] if is_op else row.name if PYTHON in row.name else row.name.split(":")[0]
-            _row(parts, name).add(row.count if is_op else 0, row.seconds, row.floor_seconds)
-        return sorted(parts.values(), key=lambda row: -row.seconds)
+    def floor(self) -> float | None:
+        """Seconds that the ops would take at the machine's limits, and nothing else would take any."""
+        return None if self.kernels is None else self.kernels.floor_a_step * self.steps
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         derived = {"covered": self.covered, "agrees": self.agrees, "floor": self.floor}
         return dataclasses.asdict(self) | derived
+
+
+def _merged(rows: list[Row], key: Callable[[Row], str]) -> list[Row]:
+    merged: dict[str, Row] = {}
+    for row in rows:
+        _row(merged, key(row)).add(row.count, row.seconds, row.floor_seconds)
+    return sorted(merged.values(), key=lambda row: -row.seconds)
 
 
 def steps_of(tree: Tree) -> int:
@@ -98,11 +120,17 @@ def spans_of(tree: Tree) -> int:
 
 
 def worker_rows(tree: Tree, limits: Limits | None) -> list[Row]:
-    """Every nanosecond of the worker's spans in one row, largest first; ops by name and shape."""
+    """Every nanosecond of the worker's spans in one row, largest first; ops, if recorded, by name and shape."""
     rows: dict[str, Row] = {}
     for node in tree["children"]:
         _account(node, rows, limits, inside=node["name"])
     return sorted(rows.values(), key=lambda row: -row.seconds)
+
+
+def kernels_of(tree: Tree, limits: Limits, rate: float) -> Kernels:
+    """The ops of a worker that recorded them."""
+    ops = [row for row in worker_rows(tree, limits) if row.floor_seconds is not None]
+    return Kernels(rate, steps_of(tree), ops)
 
 
 def front_rows(tree: Tree, thread_seconds: float, wall: float) -> list[Row]:
@@ -124,7 +152,7 @@ def _account(node: Tree, rows: dict[str, Row], limits: Limits | None, inside: st
         _row(rows, name).add(node["count"], native, _floor(node, limits))
         _row(rows, f"{inside}: {PYTHON} within ops").add(0, total - native)
         return
-    if name in (STEP, FORWARD):
+    if name in (STEP, FORWARD) and node["children"]:
         _row(rows, f"{name}: {PYTHON} and torch between its parts").add(0, own)
     else:
         _row(rows, name).add(node["count"], own)

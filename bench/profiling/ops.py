@@ -24,14 +24,8 @@ ROW_CLASSES = (1, 8, 64, 256, 512)
 Describe = Callable[..., tuple[str, Cost]]
 
 
-def record_ops(recorder: Recorder) -> None:
-    """From now on, every op that a layer binds is recorded, and every call into the library within it."""
-    bind: Callable[..., Any] = Op._function
-
-    @functools.wraps(bind)
-    def recorded_bind(self: Op, *args: Any, **axes: Any) -> Any:
-        return _recorded_op(recorder, self.name, bind(self, *args, **axes))
-
+def record_natives(recorder: Recorder) -> None:
+    """From now on, every call into the library is recorded by its function's name, and the replay of recorded ones."""
     point_at = native.Function.point_at
 
     @functools.wraps(point_at)
@@ -39,12 +33,26 @@ def record_ops(recorder: Recorder) -> None:
         point_at(self, loaded)
         self.call = recorder.wrapped(f"{NATIVE} {self.name}", self.call)
 
-    Op._function = recorded_bind  # type: ignore[method-assign]
     native.Function.point_at = recorded_point_at  # type: ignore[method-assign]
     loaded = native.library()
-    if loaded is not None:  # functions that modules made while this one was imported
-        for function in loaded.functions:
-            function.point_at(loaded)
+    if loaded is None:
+        return
+    for function in loaded.functions:  # that modules made while this one was imported
+        function.point_at(loaded)
+    replay = getattr(loaded, "replay", None)
+    if replay is not None:
+        setattr(loaded, "replay", recorder.wrapped(f"{NATIVE} replay", replay))  # noqa: B010
+
+
+def record_ops(recorder: Recorder) -> None:
+    """From now on, every op that a layer binds is recorded by its shape. Such steps cannot be replayed."""
+    bind: Callable[..., Any] = Op._function
+
+    @functools.wraps(bind)
+    def recorded_bind(self: Op, *args: Any, **axes: Any) -> Any:
+        return _recorded_op(recorder, self.name, bind(self, *args, **axes))
+
+    Op._function = recorded_bind  # type: ignore[method-assign]
 
 
 def _recorded_op(recorder: Recorder, op: str, bound: Any) -> Any:

@@ -17,54 +17,58 @@ WIDTH, LINE, CHARACTER, SMALLEST_PIXELS = 1200, 17, 6.6, 0.4
 
 
 def table(account: Account) -> str:
-    """The account as Markdown tables: by part with what they add up to, op by op, and the front."""
-    wall, steps = account.wall, max(account.steps, 1)
-    rate = account.output_tokens / wall
-    ops = [row for row in account.worker if row.floor_seconds is not None]
-    return "\n".join(
-        [
-            f"### {account.concurrency} at a time: {rate:,.1f} output tokens/s, {steps:,} steps in {wall:.2f} s, "
-            f"{1e3 * wall / steps:.2f} ms a step\n",
-            *_head("the worker's thread"),
-            *_shown(account.parts, wall, steps),
-            f"| **sum** | | {1e3 * account.covered / steps:.3f} | **{account.covered / wall:.1%}** of the wall "
-            f"({'agrees' if account.agrees else 'DOES NOT AGREE'} within {AGREEMENT:.0%}) "
-            f"| {1e3 * account.floor / steps:.3f} | {account.floor / wall:.0%} |\n",
-            *_head("of this, op by op (rows x columns)"),
-            *_shown(ops, wall, steps),
+    """The account as Markdown tables: the worker by part, with what they add up to, its ops, and the front."""
+    wall, steps, kernels = account.wall, max(account.steps, 1), account.kernels
+    processors = ", ".join(f"{name} {seconds / wall:.0%}" for name, seconds in account.processors.items())
+    lines = [
+        f"### {account.concurrency} at a time: {account.output_tokens / wall:,.1f} output tokens/s, "
+        f"{steps:,} steps in {wall:.2f} s, {1e3 * wall / steps:.2f} ms a step\n",
+        *_head("the worker's thread"),
+        *_shown(account.parts, wall, steps),
+        f"| **sum** | | {1e3 * account.covered / steps:.3f} | **{account.covered / wall:.1%}** |",
+        f"\nThe sum {'agrees' if account.agrees else 'DOES NOT AGREE'} with the wall within {AGREEMENT:.0%}. "
+        f"Processor time, of one core's wall: {processors}. "
+        f"Recording took about {account.recording / wall:.1%} of the worker's thread.",
+    ]
+    if kernels is not None:
+        took = sum(row.seconds for row in kernels.rows)
+        lines += [
+            f"\nAt the machine's limits the step's ops would take {1e3 * kernels.floor_a_step:.2f} ms, "
+            f"{kernels.floor_a_step * steps / wall:.0%} of the wall. Each called by itself ({kernels.rate:,.1f} "
+            f"output tokens/s), they take:\n",
+            *_head("op", with_floor=True),
+            *_shown(kernels.by_op, took, kernels.steps, with_floor=True),
             "",
-            *_head("meanwhile the front's loop"),
-            *_shown(account.front, wall, steps),
-            "",
-            "Processor time, of one core's wall: "
-            + ", ".join(f"{name} {seconds / wall:.0%}" for name, seconds in account.processors.items())
-            + f". Recording took about {account.recording / wall:.1%} of the worker's thread.\n",
+            *_head("op, rows x columns", with_floor=True),
+            *_shown(kernels.rows, took, kernels.steps, with_floor=True),
         ]
-    )
+    return "\n".join([*lines, "", *_head("meanwhile the front's loop"), *_shown(account.front, wall, steps), ""])
 
 
-def _head(what: str) -> tuple[str, str]:
-    return f"| {what} | a step | ms a step | share | floor ms | of floor |", "|---|--:|--:|--:|--:|--:|"
+def _head(what: str, with_floor: bool = False) -> tuple[str, str]:
+    head, rule = f"| {what} | a step | ms a step | share |", "|---|--:|--:|--:|"
+    return (head + " floor ms | of floor |", rule + "--:|--:|") if with_floor else (head, rule)
 
 
-def _shown(rows: list[Row], wall: float, steps: int) -> Iterator[str]:
+def _shown(rows: list[Row], whole: float, steps: int, with_floor: bool = False) -> Iterator[str]:
+    """A line for each row; shares are of `whole` seconds."""
     small = Row("smaller parts")
     for row in rows:
-        if row.seconds < SMALLEST_SHARE * wall:
+        if row.seconds < SMALLEST_SHARE * whole:
             small.add(row.count, row.seconds, row.floor_seconds)
         else:
-            yield _line(row, wall, steps)
+            yield _line(row, whole, steps, with_floor)
     if small.seconds:
-        yield _line(small, wall, steps)
+        yield _line(small, whole, steps, with_floor)
 
 
-def _line(row: Row, wall: float, steps: int) -> str:
-    floor = of_floor = ""
-    if row.floor_seconds:
-        floor, of_floor = f"{1e3 * row.floor_seconds / steps:.3f}", f"{row.floor_seconds / row.seconds:.0%}"
-    count = f"{row.count / steps:.1f}" if row.count else ""
-    name = row.name.replace("|", "\\|")
-    return f"| {name} | {count} | {1e3 * row.seconds / steps:.3f} | {row.seconds / wall:.1%} | {floor} | {of_floor} |"
+def _line(row: Row, whole: float, steps: int, with_floor: bool) -> str:
+    name, count = row.name.replace("|", "\\|"), f"{row.count / steps:.1f}" if row.count else ""
+    line = f"| {name} | {count} | {1e3 * row.seconds / steps:.3f} | {row.seconds / whole:.1%} |"
+    if not with_floor:
+        return line
+    floor = row.floor_seconds or 0.0
+    return f"{line} {1e3 * floor / steps:.3f} | {floor / row.seconds:.0%} |"
 
 
 def flame_graph(title: str, trees: dict[str, Tree], wall: float) -> str:

@@ -18,9 +18,10 @@ def main() -> int:
     from servd.worker.main import main as worker_main
 
     recorder = Recorder()
-    if os.environ.get(OPS_VARIABLE) == "1":
-        from bench.profiling.ops import record_ops
+    from bench.profiling.ops import record_natives, record_ops  # torch, while the front is still starting
 
+    record_natives(recorder)
+    if os.environ.get(OPS_VARIABLE) == "1":
         record_ops(recorder)
     record_process("worker", recorder, points.WORKER)
     return worker_main(sys.argv[1:])

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bench.profiling import points
-from bench.profiling.account import Account, Row, front_rows, steps_of, worker_rows
+from bench.profiling.account import Account, Kernels, Row, front_rows, kernels_of, steps_of, worker_rows
 from bench.profiling.show import flame_graph, table
 from bench.profiling.spans import Recorder, difference
 from tests.unit.eval.tiny_tokenizer import write_byte_tokenizer
@@ -76,9 +76,10 @@ def test_a_function_that_is_gone_is_told() -> None:
 
 RECORD_OPS = """
 import json, torch
-from bench.profiling.ops import record_ops
+from bench.profiling.ops import record_natives, record_ops
 from bench.profiling.spans import Recorder
 recorder = Recorder()
+record_natives(recorder)
 record_ops(recorder)
 from servd_kernels import linear, rms_norm
 op = linear.OP.bind("cpu", torch.bfloat16)
@@ -129,10 +130,12 @@ def test_every_second_of_the_worker_is_in_one_row() -> None:
     assert steps_of(WORKER) == 1
 
 
-def test_parts_sum_up_shapes() -> None:
-    rows = [Row("linear 1 x 2 → 3", 2, 2.0, 0.5), Row("linear ≤8 x 2 → 3", 1, 3.0, 1.0), Row("wire: send", 1, 0.5)]
-    parts = Account(8, 6.0, 1, 10, [*rows, Row("wire: receive", 1, 0.25)], [], {}, 0.0).parts
-    assert parts == [Row("linear", 3, 5.0, 1.5), Row("wire", 0, 0.75)]
+def test_parts_and_ops_are_summed_up() -> None:
+    rows = [Row("linear 1 x 2 → 3", 2, 2.0, 0.5), Row("linear ≤8 x 2 → 3", 1, 3.0, 1.0)]
+    assert Kernels(1.0, 3, rows).by_op == [Row("linear", 3, 5.0, 1.5)]
+    assert Kernels(1.0, 3, rows).floor_a_step == 0.5
+    wire = [Row("wire: send", 1, 0.5), Row("wire: receive", 1, 0.25)]
+    assert Account(8, 6.0, 1, 10, wire, [], {}, 0.0).parts == [Row("wire", 2, 0.75)]
 
 
 def test_the_front_is_its_processor_time_and_its_wait() -> None:
@@ -141,16 +144,20 @@ def test_the_front_is_its_processor_time_and_its_wait() -> None:
 
 
 def account(wall: float) -> Account:
-    return Account(8, wall, 1, 10, worker_rows(WORKER, HalfSecond()), [Row("plan", 1, 0.1)], {"worker": 1.0}, 0.0)
+    kernels = kernels_of(WORKER, HalfSecond(), rate=1.0)
+    front = [Row("plan", 1, 0.1)]
+    return Account(8, wall, 1, 10, worker_rows(WORKER, None), front, {"worker": 1.0}, 0.0, kernels=kernels)
 
 
 def test_parts_must_add_up_to_the_wall() -> None:
-    assert account(7.2).agrees and "agrees within 5%" in table(account(7.2))
+    assert account(7.2).agrees and "agrees with the wall within 5%" in table(account(7.2))
     assert not account(7.5).agrees and "DOES NOT AGREE" in table(account(7.5))
 
 
 def test_an_op_is_shown_with_its_floor() -> None:
-    assert "| linear 1 x 2 → 3 | 1.0 | 2000.000 | 28.6% | 500.000 | 25% |" in table(account(7.0))
+    shown = table(account(7.0))
+    assert "| linear 1 x 2 → 3 | 1.0 | 2000.000 | 100.0% | 500.000 | 25% |" in shown
+    assert "would take 500.00 ms, 7% of the wall" in shown
 
 
 def test_the_flame_graph_is_a_picture_of_the_tree() -> None:
@@ -175,8 +182,8 @@ def test_a_server_under_load_is_profiled_op_by_op(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "### 2 at a time" in done.stdout, done.stderr
     (run,) = json.loads(out.read_text())["runs"]
-    names = {row["name"] for row in run["worker"]}
-    assert {"idle", "pack: arrays", "sample", "wire: decode", "linear ≤8 x 64 → 192"} <= names
+    assert {"idle", "pack: arrays", "sample", "wire: decode"} <= {row["name"] for row in run["worker"]}
+    assert "linear ≤8 x 64 → 192" in {row["name"] for row in run["kernels"]["rows"]}
     assert {"plan: schedule", "output"} <= {row["name"] for row in run["front"]}
     assert run["output_tokens"] > 4 and run["steps"] > 4
     assert ElementTree.parse(tmp_path / "profile-c2.svg").getroot().tag.endswith("svg")
