@@ -17,7 +17,7 @@ from servd_kernels.registry import Op
 from bench.profiling.spans import Cost, Recorder
 
 NATIVE = "native"
-_UNITS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+DTYPE_UNITS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 ROW_CLASSES = (1, 8, 64, 256, 512)
 
@@ -86,20 +86,26 @@ def _describe_linear(op: str, x: torch.Tensor, packed: Any, *rest: Any) -> tuple
     found = _linear_costs.get(key)
     if found is None:
         inputs, outputs = packed.in_features, packed.out_features
-        gate = 2 if getattr(packed, "gated", False) else 1
-        moved = _bytes_held(packed) + len(x) * (inputs + outputs) * x.element_size()
-        label = f"{op} {row_class(len(x))} x {inputs} → {outputs}{' gated' if gate == 2 else ''}"
-        unit = "int8" if getattr(packed, "activation_group", None) or "w8a8" in op else _UNITS[x.dtype]
-        found = _linear_costs[key] = label, (moved, 2 * len(x) * inputs * outputs * gate, unit)
+        held, operations, unit = weight_cost(packed, DTYPE_UNITS[x.dtype])
+        moved = held + len(x) * (inputs + outputs) * x.element_size()
+        label = f"{op} {row_class(len(x))} x {inputs} → {outputs}{' gated' if getattr(packed, 'gated', False) else ''}"
+        found = _linear_costs[key] = label, (moved, len(x) * operations, unit)
     return found
 
 
 _linear_costs: dict[tuple[int, int], tuple[str, Cost]] = {}
 
 
-def _bytes_held(packed: Any) -> int:
+def weight_cost(packed: Any, unit: str) -> Cost:
+    """Bytes of a packed weight, operations for each row that is multiplied by it, and the unit that does them.
+
+    `unit`: that of the activations, which holds unless they are quantized for integer products.
+    """
     held = (getattr(packed, field.name) for field in dataclasses.fields(packed))
-    return sum(tensor.nbytes for tensor in held if isinstance(tensor, torch.Tensor))
+    moved = sum(tensor.nbytes for tensor in held if isinstance(tensor, torch.Tensor))
+    gate = 2 if getattr(packed, "gated", False) else 1
+    is_integer = "linear_w8a8" in type(packed).__module__ or getattr(packed, "activations", None) == "int8"
+    return moved, 2 * packed.in_features * packed.out_features * gate, "int8" if is_integer else unit
 
 
 class _AttentionCost:
@@ -120,7 +126,7 @@ class _AttentionCost:
         tokens, heads, head_dim = q.shape
         moved = self._keys * kv_cache.shape[1] // kv_format.block_size + 2 * q.nbytes
         label = f"{op} {row_class(tokens)} x {heads} x {head_dim}"
-        return label, (moved, 4 * self._pairs * heads * head_dim, _UNITS[q.dtype])
+        return label, (moved, 4 * self._pairs * heads * head_dim, DTYPE_UNITS[q.dtype])
 
 
 def _describe_rope(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[str, Cost]:
