@@ -1,0 +1,49 @@
+"""The growth curves: costs counted from the weights, and the whole command on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from bench.profiling.costs import model_cost
+from servd.models.loader import load_model
+from tests.unit.eval.tiny_tokenizer import write_byte_tokenizer
+from tests.unit.worker import tiny_llama
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_a_models_cost_is_that_of_its_matrices(tmp_path: Path) -> None:
+    model = load_model(tiny_llama.write_tiny_llama(tmp_path), dtype="float32", device="cpu")
+    cost = model_cost(model)
+    hidden, inner = tiny_llama.HIDDEN, tiny_llama.INTERMEDIATE
+    layer = 2 * hidden * hidden + hidden * hidden + 3 * hidden * inner  # q and o, k and v of half the heads each
+    assert cost.operations == {"float32": 2 * layer * tiny_llama.LAYERS}
+    assert cost.head_operations == {"float32": 2 * hidden * tiny_llama.VOCAB_SIZE}
+    assert cost.weight_bytes >= 4 * (layer * tiny_llama.LAYERS + hidden * tiny_llama.VOCAB_SIZE)
+    assert cost.attention_operations == 4 * hidden * tiny_llama.LAYERS
+    assert cost.seconds(3, 1, {"float32": 2.0}) == 3 * layer * tiny_llama.LAYERS + hidden * tiny_llama.VOCAB_SIZE
+
+
+def test_the_command_measures_and_draws(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tiny_llama.write_tiny_llama(folder)
+    write_byte_tokenizer(folder)
+    out = tmp_path / "out"
+    command = [sys.executable, "bench/growth.py", str(folder), "--quick", "--out", str(out), "--dtype", "float32"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    curves = json.loads((out / "growth.json").read_text())["curves"]
+    assert {name: sorted({point["x"] for point in curve}) for name, curve in curves.items()} == {
+        "concurrency": [1, 2], "context": [16, 32], "prompt": [16, 32], "threads": [1, 2],
+    }  # fmt: skip
+    assert all(point["tokens_per_s"] > 0 and point["memory_limit"] > 0 for curve in curves.values() for point in curve)
+    for name in curves:
+        assert ElementTree.parse(out / f"growth-{name}.svg").getroot().tag.endswith("svg")
