@@ -193,11 +193,14 @@ class InputBatch:
         self, scheduled: ScheduledRequests, live: list[int], rows: Int64s, samples: npt.NDArray[np.bool_]
     ) -> Int64s:
         """Guess behind the last tokens of those that sample; [num_live] how many tokens were written there."""
-        if self._drafter is None or not scheduled.num_draft_tokens:
-            return np.zeros(len(live), np.int64)
-        granted = np.array([scheduled.num_draft_tokens[i] for i in live], np.int64)
-        most = np.where(samples, np.minimum(granted, self._max_total_tokens[rows] - self._num_tokens[rows] - 1), 0)
-        return self._drafter.draft(rows, most, self._tokens, self._num_tokens[rows])
+        counts = np.zeros(len(live), np.int64)
+        if self._drafter is not None and scheduled.num_draft_tokens:
+            granted = np.array([scheduled.num_draft_tokens[i] for i in live], np.int64)[samples]
+            rows = rows[samples]
+            num_tokens = self._num_tokens[rows]
+            most = np.minimum(granted, self._max_total_tokens[rows] - num_tokens - 1)
+            counts[samples] = self._drafter.draft(rows, most, self._tokens, num_tokens)
+        return counts
 
     def num_right(self, packed: PackedBatch, token_ids: Int64s, failed: list[int]) -> Int64s:
         """[num_sampling_reqs] how many drafts of each request are what was sampled in their place.

@@ -75,6 +75,7 @@ class ModelRunner:
         self.device = device
         self.batch = InputBatch(max_num_seqs, max_model_len, kv_cache.block_size, model.vocab_size, drafter)
         self.sampler = Sampler(device)
+        self._drafter = drafter
         self._graphs = graphs
         self._shadow = shadow
 
@@ -98,6 +99,9 @@ class ModelRunner:
                 prompt_logprobs[targets.request_id] = self._prompt_logprobs(hidden, targets)
             if packed.sample_request_ids:
                 sampled = self._sample(hidden, packed, plan.step_id)
+        seconds = time.perf_counter() - began
+        if self._drafter is not None and 0 < len(packed.input_ids) == len(packed.sample_indices):
+            self._drafter.cost.observe(len(packed.input_ids), seconds)
         failed = {r: self.batch.failed[r] for r in plan.scheduled.request_ids if r in self.batch.failed}
         return ModelRunnerOutput(
             step_id=plan.step_id,
@@ -106,7 +110,7 @@ class ModelRunner:
             logprobs=sampled.logprobs,
             prompt_logprobs={r: found for r, found in prompt_logprobs.items() if r not in failed},
             failed=failed,
-            compute_seconds=time.perf_counter() - began,
+            compute_seconds=seconds,
             kv_shadow=sampled.kv_shadow,
             num_draft_tokens=packed.num_drafts,
             num_accepted_tokens=sampled.num_accepted,
