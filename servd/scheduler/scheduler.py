@@ -192,16 +192,17 @@ class Scheduler:
     def _grant_drafts(self, plan: Plan) -> None:
         """Let the worker guess ahead with what is left over: tokens of the budget, and blocks nobody needs soon.
 
-        Not behind a prompt: its end must not wait for guesses, and a replay that begins with several tokens would pass
-        for a request that got past what killed the workers.
+        Not in a step with a piece of a prompt: its end must not wait for guesses. (And a replay that begins with several
+        tokens would pass for a request that got past what killed the workers.)
         """
+        if any(share.num_computed_after - share.num_computed_before > 1 for share in plan.shares):
+            return
         budget = self.config.max_num_batched_tokens - plan.output.num_tokens
         for share, new_block_ids in zip(plan.shares, plan.output.scheduled.new_block_ids, strict=True):
             request = share.request
             room = request.max_total_tokens - request.num_planned_tokens - 1
             num_drafts = min(self.config.num_speculative_tokens, budget, room)
-            is_alone = share.samples and share.num_computed_after - share.num_computed_before == 1
-            if is_alone and num_drafts > 0 and self.cache.pool.num_free > len(self.running):
+            if share.samples and num_drafts > 0 and self.cache.pool.num_free > len(self.running):
                 allocation = self._allocate(request, 1, num_drafts)
                 if allocation is not None:
                     new_block_ids += allocation.new_block_ids

@@ -256,19 +256,22 @@ def granted(plan) -> dict[str, int]:
     return dict(zip(plan.scheduled.request_ids, plan.scheduled.num_draft_tokens, strict=True))
 
 
-def test_drafts_get_what_the_budget_has_left_and_never_go_beyond_the_last_token(make_scheduler, make_request):
-    scheduler, worker = make_scheduler(max_num_batched_tokens=16, num_speculative_tokens=6), WorkerModel(4)
+def test_drafts_get_what_the_budget_has_left_beside_no_prompt_and_never_go_beyond_the_last_token(make_scheduler, make_request):
+    scheduler, worker = make_scheduler(max_num_batched_tokens=10, num_speculative_tokens=6), WorkerModel(4)
     scheduler.add(make_request("a", 4, max_tokens=30))
-    scheduler.add(make_request("b", 4, max_tokens=4))
+    scheduler.add(make_request("b", 4, max_tokens=30))
     plan = scheduler.schedule()
     assert plan.scheduled.num_draft_tokens == []  # the end of a prompt does not wait for guesses
     scheduler.update_from_output(worker.execute(plan))
     plan = scheduler.schedule()
     assert (shares(plan), granted(plan)) == ({"a": 1, "b": 1}, {"a": 6, "b": 2})
-    scheduler.add(make_request("c", 20))
     scheduler.update_from_output(worker.execute(plan))
+    scheduler.finish("b", FinishReason.ABORT)
+    scheduler.add(make_request("c", 3, max_tokens=3))
     plan = scheduler.schedule()
-    assert plan.num_tokens == sum(shares(plan).values()) == 16  # a prompt comes before any guess
+    assert (shares(plan), plan.scheduled.num_draft_tokens) == ({"a": 1, "c": 3}, [])
+    scheduler.update_from_output(worker.execute(plan))
+    assert granted(scheduler.schedule()) == {"a": 6, "c": 1}  # of its three tokens one is there, one is sampled
 
 
 def test_drafts_take_no_block_that_running_requests_will_need(make_scheduler, make_request):
