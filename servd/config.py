@@ -13,6 +13,7 @@ from typing import Any
 from servd.errors import ConfigError
 
 GIB = 1 << 30
+MAX_DRAFTS = 32  # a step's rows pay for themselves up to here on no machine seen
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8", "int4")
 
 
@@ -77,6 +78,9 @@ class SchedulerConfig:
     max_num_batched_tokens: int = flag(512, "token budget of one step, prefill and decode together", unit="tokens")
     long_prefill_token_threshold: int = flag(
         0, "largest share of a step that one prompt may take; 0: no limit", unit="tokens"
+    )
+    num_speculative_tokens: int = flag(
+        7, "most tokens a step guesses ahead of an answer by prompt look-up, and checks; 0: off", unit="tokens"
     )
     scheduling_policy: str = flag("fcfs", "order of the waiting queue (a file of servd/scheduler/policies)")
     max_num_queued_reqs: int = flag(1024, "waiting requests beyond which new ones get 429", unit="requests")
@@ -144,6 +148,8 @@ class EngineConfig:
         )  # fmt: skip
         threshold = scheduler.long_prefill_token_threshold
         _require("--long-prefill-token-threshold", threshold, threshold >= 0, "0 (no limit) or more")
+        drafts = scheduler.num_speculative_tokens
+        _require("--num-speculative-tokens", drafts, 0 <= drafts <= MAX_DRAFTS, f"0 (off) to {MAX_DRAFTS}")
         queued, restarts = scheduler.max_num_queued_reqs, self.parallel.max_worker_restarts
         _require("--max-num-queued-reqs", queued, queued >= 1, "at least 1")
         _require("--max-worker-restarts", restarts, restarts >= 0, "0 or more")

@@ -58,6 +58,12 @@ class Metrics:
         self.preemptions = Counter(
             "servd_preemptions", "Requests put back to be computed again", registry=registry
         )
+        self.spec_drafted_tokens = Counter(
+            "servd_spec_drafted_tokens", "Tokens guessed ahead of answers and computed", registry=registry
+        )
+        self.spec_accepted_tokens = Counter(
+            "servd_spec_accepted_tokens", "Guessed tokens that were right", registry=registry
+        )
         self.worker_restarts = Counter(
             "servd_worker_restarts", "Restarts of the model workers after a death", registry=registry
         )

@@ -24,6 +24,7 @@ class NewRequestData(msgspec.Struct, array_like=True):
     seed: int
     stop_token_ids: list[int]  # end-of-text and stop ids, masked out until min_tokens
     block_ids: list[int]  # [num_blocks]
+    max_total_tokens: int  # prompt and output: the last of them is never computed
 
 
 class ScheduledRequests(msgspec.Struct, array_like=True):
@@ -34,6 +35,10 @@ class ScheduledRequests(msgspec.Struct, array_like=True):
     num_scheduled_tokens: list[int]  # [num_reqs]
     new_block_ids: list[list[int]]  # [num_reqs][new blocks], appended to the worker's table
     samples: list[bool]  # [num_reqs] whether the last scheduled token gets logits and a sampled token
+    # [num_reqs] how many tokens behind the last one the worker may guess, compute and check in the same step; empty:
+    # none in this step. While guesses are in flight only the worker knows how far a request is: what it samples
+    # follows the last of its known tokens, and `num_computed_tokens` is the least that it has computed.
+    num_draft_tokens: list[int] = []
 
 
 class SchedulerOutput(msgspec.Struct, array_like=True):
@@ -48,8 +53,8 @@ class SchedulerOutput(msgspec.Struct, array_like=True):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens computed in this step."""
-        return sum(self.scheduled.num_scheduled_tokens)
+        """Tokens computed in this step, at most."""
+        return sum(self.scheduled.num_scheduled_tokens) + sum(self.scheduled.num_draft_tokens)
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
@@ -75,12 +80,26 @@ class ModelRunnerOutput(msgspec.Struct, array_like=True):
 
     step_id: int
     request_ids: list[str]  # [num_sampled] the requests with samples=True, in batch order
-    sampled_token_ids: list[int]  # [num_sampled]
-    logprobs: dict[str, TokenLogprobs]  # only requests that asked for them
+    sampled_token_ids: list[int]  # [num_sampled + accepted drafts] in the order of the requests
+    logprobs: dict[str, list[TokenLogprobs]]  # one a token, only requests that asked for them
     prompt_logprobs: dict[str, list[TokenLogprobs]]  # for prompt positions computed in this step, in order
     failed: dict[str, str]  # request id → why it alone could not be computed
     compute_seconds: float  # wall time in the worker
     kv_shadow: KVShadowSample | None = None  # in the share of steps that --kv-shadow-rate asks for
+    num_draft_tokens: int = 0  # guessed and computed in this step
+    # [num_sampled] drafts of each request that were right: it has so many tokens more than one; empty: none
+    num_accepted_tokens: list[int] = []
+
+    def tokens_by_request(self) -> dict[str, list[int]]:
+        """The tokens of each request that has any."""
+        if not self.num_accepted_tokens:
+            return {r: [token_id] for r, token_id in zip(self.request_ids, self.sampled_token_ids, strict=True)}
+        found, begin = {}, 0
+        for request_id, num_accepted in zip(self.request_ids, self.num_accepted_tokens, strict=True):
+            end = begin + 1 + num_accepted
+            found[request_id] = self.sampled_token_ids[begin:end]
+            begin = end
+        return found
 
 
 class WorkerInfo(msgspec.Struct, array_like=True):

@@ -34,13 +34,17 @@ class Request:
 
     Async scheduling plans a step before the previous one's tokens are known. `num_inflight_tokens` counts tokens
     that are being sampled right now: planned positions go beyond the known tokens by that many.
+
+    Drafts that the worker may guess in steps in flight are counted apart, in `num_inflight_drafts`: all other counts
+    are those of a request whose drafts are all wrong, and are corrected when a step's tokens arrive.
     """
 
     __slots__ = (
         "arrival_time", "cache_salt", "eos_token_ids", "finish_reason", "first_scheduled_time",
-        "max_total_tokens", "num_cached_tokens", "num_computed_tokens", "num_inflight_steps", "num_inflight_tokens",
-        "num_output_tokens_at_death", "num_preemptions", "num_worker_deaths", "output_token_ids", "parent_id",
-        "priority", "prompt_token_ids", "request_id", "sampling_params", "seed", "status",
+        "max_total_tokens", "num_cached_tokens", "num_computed_tokens", "num_inflight_drafts", "num_inflight_steps",
+        "num_inflight_tokens", "num_output_tokens_at_death", "num_preemptions", "num_worker_deaths",
+        "output_token_ids", "parent_id", "priority", "prompt_token_ids", "request_id", "sampling_params",
+        "seed", "status",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +78,7 @@ class Request:
         self.num_computed_tokens = 0  # tokens whose KV is written, or will be by the steps in flight
         self.num_cached_tokens = 0  # of these, how many the prefix cache gave at the first admission
         self.num_inflight_tokens = 0
+        self.num_inflight_drafts = 0
         self.num_inflight_steps = 0
         self.num_preemptions = 0
         self.num_worker_deaths = 0  # in steps of this request, since it last got past one

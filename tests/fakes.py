@@ -77,6 +77,7 @@ class FakeRequest:
     seed: int
     stop_token_ids: list[int]
     block_ids: list[int]
+    max_total_tokens: int
 
     @property
     def num_output_tokens(self) -> int:
@@ -212,29 +213,49 @@ class FakeExecutor(Executor):
         for i, request_id in enumerate(scheduled.request_ids):
             request = self.requests[request_id]
             request.block_ids += scheduled.new_block_ids[i]
-            start = scheduled.num_computed_tokens[i]
-            end = start + scheduled.num_scheduled_tokens[i]
-            self._compute(request, start, end)
+            start, count = scheduled.num_computed_tokens[i], scheduled.num_scheduled_tokens[i]
+            if scheduled.samples[i]:
+                assert start + count <= len(request.token_ids), f"{request_id} samples at {start} + {count}: {request}"
+                start = len(request.token_ids) - count
+            if len(request.token_ids) == request.max_total_tokens > request.num_prompt_tokens:
+                continue  # drafts brought its last token after this was planned
+            self._compute(request, start, start + count)
             if request.params.prompt_logprobs is not None:
                 output.prompt_logprobs[request_id] = [
                     _logprobs(request.token_ids[p + 1], request.params.prompt_logprobs)
-                    for p in range(start, min(end, request.num_prompt_tokens - 1))
+                    for p in range(start, min(start + count, request.num_prompt_tokens - 1))
                 ]
             if scheduled.samples[i]:
-                assert end == len(request.token_ids), f"{request_id} samples at {end} of {len(request.token_ids)}"
-                token_id = self._sample(request)
-                request.token_ids.append(token_id)
-                output.request_ids.append(request_id)
-                output.sampled_token_ids.append(token_id)
-                if request.params.logprobs is not None:
-                    output.logprobs[request_id] = _logprobs(token_id, request.params.logprobs)
+                granted = scheduled.num_draft_tokens[i] if scheduled.num_draft_tokens else 0
+                self._sample_all(request, granted, output)
+        output.num_draft_tokens = sum(scheduled.num_draft_tokens)
+        if not output.num_draft_tokens:
+            output.num_accepted_tokens.clear()
         return output
+
+    def _sample_all(self, request: FakeRequest, num_drafts: int, output: ModelRunnerOutput) -> None:
+        """The next token, and as many more as a guess that is sometimes right gives."""
+        size = self.config.cache.block_size
+        room = min(num_drafts, request.max_total_tokens - len(request.token_ids) - 1)
+        num_right = len(request.token_ids) % (room + 1)
+        for i in range(1 + num_right):
+            token_id = self._sample(request)
+            request.token_ids.append(token_id)
+            output.sampled_token_ids.append(token_id)
+            if request.params.logprobs is not None:
+                output.logprobs.setdefault(request.request_id, []).append(_logprobs(token_id, request.params.logprobs))
+            if i < num_right:
+                self._compute(request, len(request.token_ids) - 1, len(request.token_ids))
+        output.request_ids.append(request.request_id)
+        output.num_accepted_tokens.append(num_right)
+        for position in range(len(request.token_ids) - 1, len(request.token_ids) - 1 + room - num_right):
+            self._kv[request.block_ids[position // size], position % size] = -1  # wrong guesses
 
     def _add(self, new: NewRequestData) -> None:
         assert new.request_id not in self.requests, f"{new.request_id} is known already"
         self.requests[new.request_id] = FakeRequest(
             new.request_id, list(new.token_ids), new.num_prompt_tokens, new.sampling_params, new.seed,
-            list(new.stop_token_ids), list(new.block_ids),
+            list(new.stop_token_ids), list(new.block_ids), new.max_total_tokens,
         )  # fmt: skip
 
     def _compute(self, request: FakeRequest, start: int, end: int) -> None:

@@ -33,6 +33,8 @@ class StepRecord:
     num_reqs: int
     num_prefill_tokens: int  # tokens of prompt chunks (and of recomputation)
     num_decode_tokens: int  # single tokens of running answers
+    num_draft_tokens: int  # guessed behind them
+    num_accepted_tokens: int  # of these, the ones that were right
     num_waiting: int
     compute_seconds: float
 
@@ -151,19 +153,21 @@ class EngineCore:
         counts = plan.scheduled.num_scheduled_tokens
         num_decode = sum(1 for n in counts if n == 1)
         record = StepRecord(
-            plan.step_id, len(counts), sum(counts) - num_decode, num_decode, len(self.scheduler.waiting),
-            output.compute_seconds,
+            plan.step_id, len(counts), sum(counts) - num_decode, num_decode, output.num_draft_tokens,
+            sum(output.num_accepted_tokens), len(self.scheduler.waiting), output.compute_seconds,
         )  # fmt: skip
         self.step_log.append(record)
         self._metrics.step_time.observe(output.compute_seconds)
+        self._metrics.spec_drafted_tokens.inc(record.num_draft_tokens)
+        self._metrics.spec_accepted_tokens.inc(record.num_accepted_tokens)
         if output.kv_shadow is not None:
             self._metrics.kv_shadow_kl.observe(output.kv_shadow.kl_divergence)
             self._metrics.kv_shadow_top1_equal.inc(output.kv_shadow.is_top1_equal)
         if self._log_steps:
             step_logger.info(
-                "step %d: %d requests, %d prefill + %d decode tokens, %d waiting, %.1f ms",
+                "step %d: %d requests, %d prefill + %d decode tokens, %d of %d drafts right, %d waiting, %.1f ms",
                 record.step_id, record.num_reqs, record.num_prefill_tokens, record.num_decode_tokens,
-                record.num_waiting, 1000 * record.compute_seconds,
+                record.num_accepted_tokens, record.num_draft_tokens, record.num_waiting, 1000 * record.compute_seconds,
             )  # fmt: skip
 
     def _count_scheduler(self) -> None:

@@ -67,8 +67,8 @@ class OutputProcessor:
             if answer is None:
                 continue  # ended by a stop string while this step was in flight
             output = self._output(answer, update)
-            if update.new_token_id is not None:
-                self._count_token(answer, now)
+            if output.token_ids:
+                self._count_tokens(answer, len(output.token_ids), now)
             if output.finish_reason is not None:
                 if update.finish_reason is None:
                     stopped.append(update.request.request_id)
@@ -96,32 +96,41 @@ class OutputProcessor:
             answer.prompt_logprobs[update.first_position + 1 :] = update.prompt_logprobs
         if update.error is not None:
             output.error = RequestFailedError(f"the request could not be computed: {update.error}")
-        visible: list[int] = []
-        if update.new_token_id is not None:
-            output.token_ids = [update.new_token_id]
-            answer.num_output_tokens += 1
-            if update.logprobs is not None:
-                output.logprobs = [update.logprobs]
-            if update.stop_token_id is None or request.sampling_params.include_stop_str_in_output:
-                visible = output.token_ids  # else the token that ended the answer is not part of its text
-            output.stop_reason = update.stop_token_id if update.stop_token_id not in request.eos_token_ids else None
-        output.text, matched = answer.new_text(visible, update.finish_reason is not None)
-        if matched is not None:
-            output.finish_reason = FinishReason.STOP
-            output.stop_reason = matched
+        output.stop_reason = update.stop_token_id if update.stop_token_id not in request.eos_token_ids else None
+        self._push_tokens(answer, update, output)
         output.num_output_tokens = answer.num_output_tokens
-        if request.sampling_params.prompt_logprobs is not None and answer.num_output_tokens <= 1:
+        if request.sampling_params.prompt_logprobs is not None and answer.num_output_tokens == len(output.token_ids):
             output.prompt_logprobs = answer.prompt_logprobs
         return output
 
-    def _count_token(self, answer: _AnswerState, now: float) -> None:
+    def _push_tokens(self, answer: _AnswerState, update: Update, output: RequestOutput) -> None:
+        """Add the new tokens and their text to `output`, up to the token that completes a stop string."""
+        token_ids = update.new_token_ids
+        pieces = [token_ids] if answer.stops is None or not token_ids else [[token_id] for token_id in token_ids]
+        for i, piece in enumerate(pieces):
+            is_last = i + 1 == len(pieces)
+            answer.num_output_tokens += len(piece)
+            output.token_ids += piece
+            visible = piece
+            if is_last and update.stop_token_id is not None:
+                if not answer.request.sampling_params.include_stop_str_in_output:
+                    visible = piece[:-1]  # the token that ended the answer is not part of its text
+            text, matched = answer.new_text(visible, is_last and update.finish_reason is not None)
+            output.text += text
+            if matched is not None:
+                output.finish_reason, output.stop_reason = FinishReason.STOP, matched
+                break
+        output.logprobs = update.logprobs[: len(output.token_ids)]
+
+    def _count_tokens(self, answer: _AnswerState, count: int, now: float) -> None:
         metrics = self._metrics
-        metrics.generation_tokens.inc()
+        metrics.generation_tokens.inc(count)
         if answer.last_token_time is None:
             metrics.time_to_first_token.observe(now - answer.request.arrival_time)
             self._count_prompt(answer, now)
-        else:
-            metrics.inter_token_latency.observe(now - answer.last_token_time)
+            answer.last_token_time, count = now, count - 1
+        for _ in range(count):  # tokens that came together share the time they took
+            metrics.inter_token_latency.observe((now - answer.last_token_time) / count)
         answer.last_token_time = now
 
     def _count_prompt(self, answer: _AnswerState, now: float) -> None:

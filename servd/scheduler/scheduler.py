@@ -7,19 +7,14 @@ executors or text. Steps are planned ahead of their predecessors' results, so a 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
 from servd.cache.kv_cache_manager import Allocation, KVCacheManager
 from servd.config import SchedulerConfig
-from servd.outputs import (
-    ModelRunnerOutput,
-    NewRequestData,
-    ScheduledRequests,
-    SchedulerOutput,
-    TokenLogprobs,
-)
+from servd.outputs import ModelRunnerOutput, NewRequestData, SchedulerOutput, TokenLogprobs
 from servd.request import FinishReason, Request, RequestStatus
+from servd.scheduler.plan import Plan, Share
 from servd.scheduler.policies import POLICIES
 from servd.scheduler.queue import RequestQueue
 
@@ -37,44 +32,13 @@ class Update:
     """What one step did for one request."""
 
     request: Request
-    new_token_id: int | None = None
-    logprobs: TokenLogprobs | None = None
+    new_token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a new token, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None
     first_position: int = 0  # of the tokens computed in this step
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
-
-
-@dataclass(slots=True)
-class _Share:
-    """A request's part of a step in flight."""
-
-    request: Request
-    num_computed_before: int
-    num_computed_after: int
-    samples: bool
-
-
-class _Plan:
-    """A SchedulerOutput being put together."""
-
-    def __init__(self, step_id: int, dropped: list[str]) -> None:
-        scheduled = ScheduledRequests([], [], [], [], [])
-        self.output = SchedulerOutput(step_id, [], scheduled, dropped, [], [])
-        self.shares: list[_Share] = []
-
-    def add(self, request: Request, num_tokens: int, samples: bool, allocation: Allocation) -> None:
-        output, scheduled = self.output, self.output.scheduled
-        scheduled.request_ids.append(request.request_id)
-        scheduled.num_computed_tokens.append(request.num_computed_tokens)
-        scheduled.num_scheduled_tokens.append(num_tokens)
-        scheduled.samples.append(samples)
-        scheduled.new_block_ids.append(allocation.new_block_ids)
-        output.block_copies.extend(allocation.copies)
-        output.replaced_blocks.extend((request.request_id, i, block) for i, block in allocation.replaced)
-        first = request.num_computed_tokens
-        self.shares.append(_Share(request, first, first + num_tokens, samples))
 
 
 def _is_quarantined(request: Request) -> bool:
@@ -94,7 +58,7 @@ class Scheduler:
         self.running = RequestQueue(self.policy)
         self.num_preemptions = 0
         self._dropped: list[str] = []  # request ids the workers must forget with the next plan
-        self._inflight: dict[int, list[_Share]] = {}
+        self._inflight: dict[int, list[Share]] = {}
         self._step_ids = count()
 
     def add(self, request: Request) -> None:
@@ -118,7 +82,7 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput | None:
         """Plan the next step, or None if nothing can be computed before a step in flight ends."""
-        plan = _Plan(next(self._step_ids), self._dropped)
+        plan = Plan(next(self._step_ids), self._dropped)
         budget = self.config.max_num_batched_tokens
         self._schedule_suspect(plan, budget)
         if not plan.shares:
@@ -128,16 +92,19 @@ class Scheduler:
                 self._schedule_waiting(plan, budget)
         if not plan.shares:
             return None  # ids in `_dropped` go with the next plan that has work
+        if self.config.num_speculative_tokens:
+            self._grant_drafts(plan)
         self._dropped = []
         for share in plan.shares:
             request = share.request
             request.num_computed_tokens = share.num_computed_after
             request.num_inflight_steps += 1
             request.num_inflight_tokens += share.samples
+            request.num_inflight_drafts += share.num_drafts
         self._inflight[plan.output.step_id] = plan.shares
         return plan.output
 
-    def _schedule_suspect(self, plan: _Plan, budget: int) -> None:
+    def _schedule_suspect(self, plan: Plan, budget: int) -> None:
         """Give the step to one quarantined request alone: one that runs, or the next in the queue if there is room.
 
         The others keep their blocks meanwhile: a few steps show whether it is to blame.
@@ -150,7 +117,7 @@ class Scheduler:
             if head is not None and _is_quarantined(head):
                 self._admit(head, budget, plan)
 
-    def _schedule_running(self, plan: _Plan, budget: int, requests: list[Request]) -> int:
+    def _schedule_running(self, plan: Plan, budget: int, requests: list[Request]) -> int:
         behind = len(requests)
         for request in requests:
             behind -= 1
@@ -167,7 +134,7 @@ class Scheduler:
             budget -= num_tokens
         return budget
 
-    def _schedule_waiting(self, plan: _Plan, budget: int) -> None:
+    def _schedule_waiting(self, plan: Plan, budget: int) -> None:
         for request in self.waiting:
             if budget == 0 or len(self.running) >= self.config.max_num_seqs:
                 return
@@ -180,7 +147,7 @@ class Scheduler:
                 return  # no room for it, and none may overtake it
             budget -= num_tokens
 
-    def _admit(self, request: Request, budget: int, plan: _Plan) -> int | None:
+    def _admit(self, request: Request, budget: int, plan: Plan) -> int | None:
         """Start a waiting request if all its tokens fit, now and for a while; returns the tokens scheduled."""
         if self.cache.pool.num_free <= len(self.running):
             return None  # it needs one block at least: spare it the look-up of its prefix, step after step
@@ -197,7 +164,7 @@ class Scheduler:
         num_tokens = self._num_tokens_to_compute(request, budget)
         allocation = None
         if needed <= self.cache.pool.num_free:
-            allocation = self.cache.allocate_slots(request, request.num_computed_tokens, num_tokens)
+            allocation = self._allocate(request, num_tokens)
         if allocation is None:
             self.cache.free(request)
             request.num_computed_tokens = 0
@@ -215,12 +182,43 @@ class Scheduler:
         plan.output.new_requests.append(
             NewRequestData(
                 request.request_id, request.all_token_ids(), request.num_prompt_tokens, params, request.seed,
-                stop_ids, self.cache.block_ids(request),
+                stop_ids, self.cache.block_ids(request), request.max_total_tokens,
             )
         )  # fmt: skip
         # The table was sent whole: only the copies of shared blocks are left to tell.
         plan.add(request, num_tokens, self._samples(request, num_tokens), Allocation(copies=allocation.copies))
         return num_tokens
+
+    def _grant_drafts(self, plan: Plan) -> None:
+        """Let the worker guess ahead with what is left over: tokens of the budget, and blocks nobody needs soon.
+
+        Not in a step with a piece of a prompt: its end must not wait for guesses. (And a replay that begins with several
+        tokens would pass for a request that got past what killed the workers.)
+        """
+        if any(share.num_computed_after - share.num_computed_before > 1 for share in plan.shares):
+            return
+        budget = self.config.max_num_batched_tokens - plan.output.num_tokens
+        for share, new_block_ids in zip(plan.shares, plan.output.scheduled.new_block_ids, strict=True):
+            request = share.request
+            room = request.max_total_tokens - request.num_planned_tokens - 1
+            num_drafts = min(self.config.num_speculative_tokens, budget, room)
+            if share.samples and num_drafts > 0 and self.cache.pool.num_free > len(self.running):
+                allocation = self._allocate(request, 1, num_drafts)
+                if allocation is not None:
+                    new_block_ids += allocation.new_block_ids
+                    share.num_drafts = num_drafts
+                    budget -= num_drafts
+        if any(share.num_drafts for share in plan.shares):
+            plan.output.scheduled.num_draft_tokens = [share.num_drafts for share in plan.shares]
+
+    def _allocate(self, request: Request, num_tokens: int, num_drafts: int = 0) -> Allocation | None:
+        """Slots for so many tokens and drafts, wherever the drafts in flight may have taken the request by then."""
+        end = request.num_computed_tokens + num_tokens
+        # The last token of all is sampled, not computed.
+        farthest = min(end + request.num_inflight_drafts + num_drafts, request.max_total_tokens - 1)
+        return self.cache.allocate_slots(
+            request, request.num_computed_tokens, max(end, farthest) - request.num_computed_tokens
+        )
 
     def _num_tokens_to_compute(self, request: Request, budget: int) -> int:
         todo = request.num_planned_tokens - request.num_computed_tokens
@@ -249,7 +247,7 @@ class Scheduler:
     def _allocate_or_preempt(self, request: Request, num_tokens: int) -> Allocation | None:
         """Slots for a running request, taken from the last running ones if need be; None if it is the last itself."""
         while True:
-            allocation = self.cache.allocate_slots(request, request.num_computed_tokens, num_tokens)
+            allocation = self._allocate(request, num_tokens)
             if allocation is not None:
                 return allocation
             victim = self.running.last()
@@ -287,12 +285,13 @@ class Scheduler:
 
     def update_from_output(self, output: ModelRunnerOutput) -> list[Update]:
         """Take in a finished step: append tokens, cache full blocks, end what is complete."""
-        sampled = dict(zip(output.request_ids, output.sampled_token_ids, strict=True))
+        sampled = output.tokens_by_request()
         updates = []
         for share in self._inflight.pop(output.step_id):
             request = share.request
             request.num_inflight_steps -= 1
             request.num_inflight_tokens -= share.samples
+            request.num_inflight_drafts -= share.num_drafts
             if request.status is RequestStatus.FINISHED:
                 continue  # ended from outside while the step ran
             update = Update(request)
@@ -303,31 +302,41 @@ class Scheduler:
             else:
                 update.prompt_logprobs = output.prompt_logprobs.get(request_id)
                 update.first_position = share.num_computed_before
+                num_computed = share.num_computed_after
                 if share.samples:
-                    self._append_token(update, sampled[request_id], output.logprobs.get(request_id))
+                    self._append_tokens(update, sampled[request_id], output.logprobs.get(request_id, []))
+                    num_computed = request.num_tokens - 1  # right drafts were computed, wrong ones count for nothing
                 elif share.num_computed_after >= request.max_total_tokens:
                     update.finish_reason = FinishReason.LENGTH  # max_tokens is 0: only the prompt was wanted
                 if request.status is RequestStatus.RUNNING:
-                    self.cache.cache_full_blocks(request, share.num_computed_after)
+                    request.num_computed_tokens += max(len(update.new_token_ids) - 1, 0)
+                    self.cache.cache_full_blocks(request, num_computed)
             if update.finish_reason is not None:
                 self._finish(request, update.finish_reason)
             updates.append(update)
         return updates
 
-    def _append_token(self, update: Update, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        request, params = update.request, update.request.sampling_params
-        request.output_token_ids.append(token_id)
-        if len(request.output_token_ids) >= request.num_output_tokens_at_death + TOKENS_PAST_A_DEATH:
+    def _append_tokens(self, update: Update, token_ids: list[int], logprobs: list[TokenLogprobs]) -> None:
+        """Add sampled tokens to the request, up to the one that ends it."""
+        request, output_token_ids = update.request, update.request.output_token_ids
+        for token_id in token_ids:
+            output_token_ids.append(token_id)
+            update.new_token_ids.append(token_id)
+            if self._ends_with(request, token_id):
+                update.finish_reason = FinishReason.STOP
+                update.stop_token_id = token_id
+                break
+            if request.num_tokens >= request.max_total_tokens:
+                update.finish_reason = FinishReason.LENGTH
+                break
+        update.logprobs = logprobs[: len(update.new_token_ids)]
+        if len(output_token_ids) >= request.num_output_tokens_at_death + TOKENS_PAST_A_DEATH:
             request.num_worker_deaths = 0  # it got past the point where the workers died
-        update.new_token_id = token_id
-        update.logprobs = logprobs
-        if len(request.output_token_ids) >= params.min_tokens and (
-            (token_id in request.eos_token_ids and not params.ignore_eos) or token_id in params.stop_token_ids
-        ):
-            update.finish_reason = FinishReason.STOP
-            update.stop_token_id = token_id
-        elif request.num_tokens >= request.max_total_tokens:
-            update.finish_reason = FinishReason.LENGTH
+
+    def _ends_with(self, request: Request, token_id: int) -> bool:
+        params = request.sampling_params
+        is_end = token_id in request.eos_token_ids and not params.ignore_eos
+        return (is_end or token_id in params.stop_token_ids) and len(request.output_token_ids) >= params.min_tokens
 
     def recover(self, *, workers_lost: bool) -> list[Update]:
         """The steps in flight are lost: every running request starts again from the tokens it has.
@@ -339,7 +348,8 @@ class Scheduler:
         suspects = [share.request for share in self._inflight[min(self._inflight)]] if self._inflight else []
         for shares in self._inflight.values():
             for share in shares:
-                share.request.num_inflight_steps = share.request.num_inflight_tokens = 0
+                request = share.request
+                request.num_inflight_steps = request.num_inflight_tokens = request.num_inflight_drafts = 0
         self._inflight.clear()
         given_up = []
         for request in suspects:

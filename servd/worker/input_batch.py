@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from servd.outputs import NewRequestData, ScheduledRequests, SchedulerOutput
+from servd.worker.drafter import Drafter
 from servd.worker.sampling_metadata import SamplingMetadata, SamplingRows
 
 logger = logging.getLogger(__name__)
@@ -41,12 +42,18 @@ class PackedBatch:
     seq_lens: Int32s  # [num_reqs]
     block_tables: Int32s  # [num_reqs, max_blocks] as wide as the longest of these needs
     slot_mapping: Int64s  # [num_tokens]
-    sample_request_ids: list[str]  # [num_samples]
+    sample_request_ids: list[str]  # [num_sampling_reqs]
+    sample_bounds: Int64s  # [num_sampling_reqs + 1] on the sample axis: the last known token of each, then its drafts
     sample_rows: Int64s  # [num_samples] rows of the InputBatch
     sample_indices: Int64s  # [num_samples] on the packed token axis
     sample_positions: Int64s  # [num_samples] where the sampled tokens go
     sampling: SamplingMetadata  # of the sampling rows
     prompt_targets: list[PromptTargets]
+
+    @property
+    def num_drafts(self) -> int:
+        """Guessed tokens among these."""
+        return len(self.sample_rows) - len(self.sample_request_ids)
 
 
 class InputBatch:
@@ -55,7 +62,10 @@ class InputBatch:
     A request that is wrong in itself fails alone: it is marked, and left out of every later step.
     """
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int) -> None:
+    def __init__(
+        self, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int, drafter: Drafter | None = None
+    ) -> None:
+        """`drafter`: who guesses ahead where plans allow it; None: nobody."""
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
@@ -65,11 +75,13 @@ class InputBatch:
         # One more than max_model_len: the token sampled after the last position has to go somewhere.
         self._tokens = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
         self._num_tokens = np.zeros(max_num_seqs, np.int64)
+        self._max_total_tokens = np.zeros(max_num_seqs, np.int64)
         max_blocks = -(-(max_model_len + 1) // block_size)
         self._block_tables = np.zeros((max_num_seqs, max_blocks), np.int32)
         self._num_blocks = np.zeros(max_num_seqs, np.int64)
         self._num_prompt_logprobs = np.full(max_num_seqs, -1, np.int64)  # -1: none asked for
         self._sampling = SamplingRows(max_num_seqs, vocab_size)
+        self._drafter = drafter
 
     @property
     def num_requests(self) -> int:
@@ -109,6 +121,7 @@ class InputBatch:
         self._row_of[new.request_id] = row
         self._num_tokens[row] = len(new.token_ids)
         self._tokens[row, : len(new.token_ids)] = new.token_ids
+        self._max_total_tokens[row] = new.max_total_tokens
         self._num_blocks[row] = 0
         self._block_tables[row] = 0
         self._append_blocks(new.request_id, row, new.block_ids)
@@ -122,6 +135,8 @@ class InputBatch:
         row = self._row_of.pop(request_id, None)
         if row is not None:
             self._free_rows.append(row)
+            if self._drafter is not None:
+                self._drafter.forget(row)
 
     def fail(self, request_id: str, reason: str, *, level: int = logging.ERROR) -> None:
         """Leave a request out of all steps until it is dropped."""
@@ -130,7 +145,7 @@ class InputBatch:
             self.failed[request_id] = reason
 
     def append_tokens(self, rows: Int64s, positions: Int64s, token_ids: Int64s) -> None:
-        """Write sampled tokens, one a row, at their positions; all arrays [num_samples]."""
+        """Write sampled tokens at their positions; all arrays [num_samples]; each row's last one is its newest."""
         self._tokens[rows, positions] = token_ids
         self._num_tokens[rows] = positions + 1
 
@@ -139,16 +154,24 @@ class InputBatch:
         live = self._live_indices(scheduled)
         request_ids = [scheduled.request_ids[i] for i in live]
         rows = np.array([self._row_of[request_id] for request_id in request_ids], np.int64)
-        starts = np.array([scheduled.num_computed_tokens[i] for i in live], np.int64)
         counts = np.array([scheduled.num_scheduled_tokens[i] for i in live], np.int64)
         samples = np.array([scheduled.samples[i] for i in live], np.bool_)
-        ends = starts + counts
+        starts = np.array([scheduled.num_computed_tokens[i] for i in live], np.int64)
+        # What samples ends at the last known token, and drafts may have brought it further than the plan knows.
+        starts = np.where(samples, self._num_tokens[rows] - counts, starts)
+        num_drafts = self._draft(scheduled, live, rows, samples)
+        ends = starts + counts + num_drafts
         cu_seqlens_q = np.zeros(len(live) + 1, np.int64)
-        np.cumsum(counts, out=cu_seqlens_q[1:])
-        token_rows = np.repeat(rows, counts)
-        positions = np.arange(cu_seqlens_q[-1]) + np.repeat(starts - cu_seqlens_q[:-1], counts)
+        np.cumsum(ends - starts, out=cu_seqlens_q[1:])
+        token_rows = np.repeat(rows, ends - starts)
+        positions = np.arange(cu_seqlens_q[-1]) + np.repeat(starts - cu_seqlens_q[:-1], ends - starts)
         blocks = self._block_tables[token_rows, positions // self.block_size].astype(np.int64)
         width = -(-int(ends.max(initial=0)) // self.block_size)
+        num_samples = np.where(samples, 1 + num_drafts, 0)
+        sample_rows = np.repeat(rows, num_samples)
+        last = np.cumsum(num_samples)
+        sample_indices = np.arange(len(sample_rows)) + np.repeat(cu_seqlens_q[1:] - last, num_samples)
+        sample_positions = positions[sample_indices] + 1
         return PackedBatch(
             request_ids=request_ids,
             input_ids=self._tokens[token_rows, positions].astype(np.int64),
@@ -158,12 +181,38 @@ class InputBatch:
             block_tables=self._block_tables[rows, :width],
             slot_mapping=blocks * self.block_size + positions % self.block_size,
             sample_request_ids=[request_ids[i] for i in np.flatnonzero(samples)],
-            sample_rows=rows[samples],
-            sample_indices=(cu_seqlens_q[1:] - 1)[samples],
-            sample_positions=ends[samples],
-            sampling=self._sampling.metadata(rows[samples], ends[samples], self._tokens),
+            sample_bounds=np.concatenate([[0], last[samples]]),
+            sample_rows=sample_rows,
+            sample_indices=sample_indices,
+            sample_positions=sample_positions,
+            sampling=self._sampling.metadata(sample_rows, sample_positions, self._tokens),
             prompt_targets=self._prompt_targets(request_ids, rows, starts, ends, cu_seqlens_q),
         )
+
+    def _draft(
+        self, scheduled: ScheduledRequests, live: list[int], rows: Int64s, samples: npt.NDArray[np.bool_]
+    ) -> Int64s:
+        """Guess behind the last tokens of those that sample; [num_live] how many tokens were written there."""
+        counts = np.zeros(len(live), np.int64)
+        if self._drafter is not None and scheduled.num_draft_tokens:
+            granted = np.array([scheduled.num_draft_tokens[i] for i in live], np.int64)[samples]
+            rows = rows[samples]
+            num_tokens = self._num_tokens[rows]
+            most = np.minimum(granted, self._max_total_tokens[rows] - num_tokens - 1)
+            counts[samples] = self._drafter.draft(rows, most, self._tokens, num_tokens)
+        return counts
+
+    def num_right(self, packed: PackedBatch, token_ids: Int64s, failed: list[int]) -> Int64s:
+        """[num_sampling_reqs] how many drafts of each request are what was sampled in their place.
+
+        `token_ids` [num_samples] and the `failed` samples are the sampler's. What comes before a failed one is kept, so
+        that the failure comes again as a request's first sample, as it would without drafts.
+        """
+        is_last = token_ids != self._tokens[packed.sample_rows, packed.sample_positions]
+        is_last[packed.sample_bounds[1:] - 1] = True  # no draft lies behind these
+        is_last[np.array(failed, np.int64) - 1] = True
+        last, first = np.flatnonzero(is_last), packed.sample_bounds[:-1]
+        return last[np.searchsorted(last, first)] - first
 
     def _append_blocks(self, request_id: str, row: int, block_ids: list[int]) -> None:
         begin = int(self._num_blocks[row])
@@ -194,12 +243,19 @@ class InputBatch:
             row = self._row_of.get(request_id)
             if row is None:
                 self.fail(request_id, "the worker does not know it")
-            elif end > self._num_tokens[row]:
+                continue
+            num_tokens, num_blocks = int(self._num_tokens[row]), int(self._num_blocks[row])
+            if end > num_tokens:
                 # Expected in the step behind one that raised: the engine replays both.
-                reason = f"tokens up to {end} are planned, {self._num_tokens[row]} are known"
-                self.fail(request_id, reason, level=logging.DEBUG)
-            elif end > self._num_blocks[row] * self.block_size:
-                self.fail(request_id, f"{self._num_blocks[row]} KV blocks do not hold {end} tokens")
+                self.fail(request_id, f"tokens up to {end} are planned, {num_tokens} are known", level=logging.DEBUG)
+                continue
+            if scheduled.samples[i]:
+                room = int(self._max_total_tokens[row]) - num_tokens - 1
+                if room < 0:
+                    continue  # drafts brought its last token after this was planned
+                end = num_tokens + min(room, scheduled.num_draft_tokens[i] if scheduled.num_draft_tokens else 0)
+            if end > num_blocks * self.block_size:
+                self.fail(request_id, f"{num_blocks} KV blocks do not hold {end} tokens")
             else:
                 live.append(i)
         return live

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from servd.attention.metadata import AttentionMetadata
 from servd.outputs import KVShadowSample, ModelRunnerOutput, SchedulerOutput, TokenLogprobs
+from servd.worker.drafter import Drafter
 from servd.worker.input_batch import InputBatch, PackedBatch, PromptTargets
 from servd.worker.kv_cache import PagedKVCache
 from servd.worker.kv_shadow import MAX_TOKENS, KVShadow
@@ -52,7 +53,8 @@ class _Sampled:
 
     request_ids: list[str] = field(default_factory=list)  # without failed ones
     token_ids: list[int] = field(default_factory=list)
-    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
+    logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    num_accepted: list[int] = field(default_factory=list)  # drafts; empty: none were made
     kv_shadow: KVShadowSample | None = None
 
 
@@ -69,13 +71,17 @@ class ModelRunner:
         device: torch.device,
         graphs: StepReplay | None = None,
         shadow: KVShadow | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
-        """`graphs`: another way to run steps; `shadow`: what compares some of them with an unquantized cache."""
+        """`graphs`: another way to run steps; `shadow`: what compares some steps with an unquantized cache;
+        `drafter`: what guesses ahead where plans allow it.
+        """
         self.model = model
         self.kv_cache = kv_cache
         self.device = device
-        self.batch = InputBatch(max_num_seqs, max_model_len, kv_cache.block_size, model.vocab_size)
+        self.batch = InputBatch(max_num_seqs, max_model_len, kv_cache.block_size, model.vocab_size, drafter)
         self.sampler = Sampler(device)
+        self._drafter = drafter
         self._graphs = graphs
         self._shadow = shadow
 
@@ -99,6 +105,9 @@ class ModelRunner:
                 prompt_logprobs[targets.request_id] = self._prompt_logprobs(hidden, targets)
             if packed.sample_request_ids:
                 sampled = self._sample(hidden, packed, plan.step_id)
+        seconds = time.perf_counter() - began
+        if self._drafter is not None and 0 < len(packed.input_ids) == len(packed.sample_indices):
+            self._drafter.cost.observe(len(packed.input_ids), seconds)
         failed = {r: self.batch.failed[r] for r in plan.scheduled.request_ids if r in self.batch.failed}
         return ModelRunnerOutput(
             step_id=plan.step_id,
@@ -107,8 +116,10 @@ class ModelRunner:
             logprobs=sampled.logprobs,
             prompt_logprobs={r: found for r, found in prompt_logprobs.items() if r not in failed},
             failed=failed,
-            compute_seconds=time.perf_counter() - began,
+            compute_seconds=seconds,
             kv_shadow=sampled.kv_shadow,
+            num_draft_tokens=packed.num_drafts,
+            num_accepted_tokens=sampled.num_accepted,
         )
 
     def _forward(self, packed: PackedBatch) -> Tensor:
@@ -129,16 +140,25 @@ class ModelRunner:
     def _sample(self, hidden: Tensor, packed: PackedBatch, step_id: int) -> _Sampled:
         logits = self.model.compute_logits(hidden[self._tensor(packed.sample_indices)])
         output = self.sampler(logits, packed.sampling)
-        for row, reason in output.failed.items():
-            self.batch.fail(packed.sample_request_ids[row], reason)
+        firsts = packed.sample_bounds[:-1]
+        for request_id, first in zip(packed.sample_request_ids, firsts.tolist(), strict=True):
+            if first in output.failed:
+                self.batch.fail(request_id, output.failed[first])
         alive = np.array([request_id not in self.batch.failed for request_id in packed.sample_request_ids], np.bool_)
-        self.batch.append_tokens(packed.sample_rows[alive], packed.sample_positions[alive], output.token_ids[alive])
-        kept = np.flatnonzero(alive).tolist()
+        num_right = self.batch.num_right(packed, output.token_ids, list(output.failed))
+        counts = np.where(alive, 1 + num_right, 0)  # tokens of each request
+        kept = np.arange(counts.sum()) + np.repeat(firsts - np.cumsum(counts) + counts, counts)
+        self.batch.append_tokens(packed.sample_rows[kept], packed.sample_positions[kept], output.token_ids[kept])
+        logprobs: dict[str, list[TokenLogprobs]] = {}
+        for request_id, first, count in zip(packed.sample_request_ids, firsts.tolist(), counts.tolist(), strict=True):
+            if entries := [entry for entry in output.logprobs[first : first + count] if entry is not None]:
+                logprobs[request_id] = entries
         return _Sampled(
-            request_ids=[packed.sample_request_ids[i] for i in kept],
-            token_ids=output.token_ids[alive].tolist(),
-            logprobs={packed.sample_request_ids[i]: entry for i in kept if (entry := output.logprobs[i]) is not None},
-            kv_shadow=self._compare(step_id, packed, logits, kept),
+            request_ids=[packed.sample_request_ids[i] for i in np.flatnonzero(alive)],
+            token_ids=output.token_ids[kept].tolist(),
+            logprobs=logprobs,
+            num_accepted=num_right[alive].tolist() if packed.num_drafts else [],
+            kv_shadow=self._compare(step_id, packed, logits, firsts[alive].tolist()),
         )
 
     def _compare(self, step_id: int, packed: PackedBatch, logits: Tensor, rows: list[int]) -> KVShadowSample | None:
@@ -147,8 +167,8 @@ class ModelRunner:
         if self._shadow is None or not short or not self._shadow.is_due(step_id):
             return None
         row = short[step_id % len(short)]
-        token_ids = self.batch.token_ids(packed.sample_request_ids[row])[: packed.sample_positions[row]]
-        return self._shadow.compare(token_ids, logits[row])
+        request_id = packed.sample_request_ids[int(np.searchsorted(packed.sample_bounds, row))]
+        return self._shadow.compare(self.batch.token_ids(request_id)[: packed.sample_positions[row]], logits[row])
 
     def _prompt_logprobs(self, hidden: Tensor, targets: PromptTargets) -> list[TokenLogprobs]:
         found: list[TokenLogprobs] = []

@@ -23,6 +23,7 @@ from servd.models.loader import Progress
 from servd.outputs import ModelRunnerOutput, SchedulerOutput, WorkerInfo
 from servd.worker.cuda_graph import CudaCapture, DecodeGraphs
 from servd.worker.device import load_on_device
+from servd.worker.drafter import Drafter
 from servd.worker.kv_cache import PagedKVCache, num_blocks_for
 from servd.worker.kv_shadow import KVShadow
 from servd.worker.model_runner import ModelRunner, StepReplay
@@ -60,6 +61,7 @@ class Worker:
             device=self.device,
             graphs=self._step_replay(config),
             shadow=self._shadow(config),
+            drafter=Drafter() if config.scheduler.num_speculative_tokens else None,
         )
 
     def _step_replay(self, config: EngineConfig) -> StepReplay | None:
@@ -140,7 +142,8 @@ def _free_gpu_memory(config: EngineConfig, model: Model, formats: list[KVFormat]
     )
     zeros = ints(num_tokens, 0, torch.int64)
     hidden = model.forward(zeros, zeros, metadata, layers)
-    logits = model.compute_logits(hidden[: config.scheduler.max_num_seqs])
+    scheduler = config.scheduler
+    logits = model.compute_logits(hidden[: scheduler.max_num_seqs * (1 + scheduler.num_speculative_tokens)])
     torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)  # what the sampler needs besides
     torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)

@@ -33,8 +33,8 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def alone(model):
-    """Each chosen prompt by itself on an engine with no prefix cache."""
-    with LLM(**model, enable_prefix_caching=False, **SETTINGS) as llm:
+    """Each chosen prompt by itself on an engine with no prefix cache, which guesses nothing ahead."""
+    with LLM(**model, enable_prefix_caching=False, num_speculative_tokens=0, **SETTINGS) as llm:
         return [bits(llm.generate(PROMPTS[i], sampled(i)))[0] for i in CHOSEN]
 
 

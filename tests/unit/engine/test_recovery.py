@@ -37,7 +37,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 
 def make_engine(files: ModelFiles, executor: str) -> AsyncEngine:
     settings = {"max_num_seqs": 6, "max_num_batched_tokens": 24, "block_size": 8, "threads": 1}
-    config = EngineConfig.from_flat(device="cpu", executor=executor, **settings)
+    # Without recordings, every step calls the model's forward, where a test can make it fail.
+    config = EngineConfig.from_flat(device="cpu", executor=executor, replay_steps=executor != "inproc", **settings)
     return AsyncEngine(config, files, SomeBytes())  # type: ignore[arg-type]
 
 

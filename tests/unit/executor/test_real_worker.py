@@ -33,13 +33,13 @@ def make_executor(name: str, files: ModelFiles, **settings: object) -> Executor:
 async def generate(executor: Executor, num_tokens: int = 5) -> list[int]:
     """One request, all steps submitted before the first one's token is known."""
     params = SamplingParams(temperature=0.8, logit_bias={5: -1.5}, stop=("x",), logprobs=1)
-    new = NewRequestData("r", [3, 1, 4, 1, 5], 5, params, 2**64 - 3, [0], [1])
+    new = NewRequestData("r", [3, 1, 4, 1, 5], 5, params, 2**64 - 3, [0], [1], 10**6)
     plans = [SchedulerOutput(0, [new], ScheduledRequests(["r"], [0], [5], [[]], [True]), [], [], [])]
     for step in range(1, num_tokens):
         scheduled = ScheduledRequests(["r"], [4 + step], [1], [[]], [True])
         plans.append(SchedulerOutput(step, [], scheduled, [], [], []))
     outputs = await asyncio.gather(*map(executor.submit, plans))
-    assert all(output.logprobs["r"].token_id == output.sampled_token_ids[0] for output in outputs)
+    assert all(output.logprobs["r"][0].token_id == output.sampled_token_ids[0] for output in outputs)
     return [output.sampled_token_ids[0] for output in outputs]
 
 

@@ -25,13 +25,18 @@ def expected_tokens(prompt: list[int], count: int) -> list[int]:
 
 
 class WorkerModel:
-    """Keeps a table and a KV memory per request from plans alone, as a worker does, and checks what it is told."""
+    """Keeps a table and a KV memory per request from plans alone, as a worker does, and checks what it is told.
+
+    It guesses as many tokens as plans allow; how many of them are right changes from step to step.
+    """
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.tokens: dict[str, list[int]] = {}
         self.tables: dict[str, list[int]] = {}
+        self.max_total_tokens: dict[str, int] = {}
         self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.num_accepted = 0
 
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
         for request_id in plan.dropped_request_ids:
@@ -40,6 +45,7 @@ class WorkerModel:
             assert new.request_id not in self.tokens, f"{new.request_id} is new twice"
             self.tokens[new.request_id] = list(new.token_ids)
             self.tables[new.request_id] = list(new.block_ids)
+            self.max_total_tokens[new.request_id] = new.max_total_tokens
         for source, destination in plan.block_copies:
             for offset in range(self.block_size):
                 if (source, offset) in self.memory:
@@ -48,24 +54,48 @@ class WorkerModel:
             self.tables[request_id][index] = block
         scheduled = plan.scheduled
         output = ModelRunnerOutput(plan.step_id, [], [], {}, {}, {}, 0.001)
+        granted = scheduled.num_draft_tokens or [0] * len(scheduled.request_ids)
         columns = (scheduled.request_ids, scheduled.num_computed_tokens, scheduled.num_scheduled_tokens,
-                   scheduled.new_block_ids, scheduled.samples)  # fmt: skip
-        for request_id, computed, count, new_blocks, samples in zip(*columns, strict=True):
-            tokens, table = self.tokens[request_id], self.tables[request_id]
-            table.extend(new_blocks)
+                   scheduled.new_block_ids, scheduled.samples, granted)  # fmt: skip
+        for request_id, computed, count, new_blocks, samples, num_drafts in zip(*columns, strict=True):
+            tokens = self.tokens[request_id]
+            self.tables[request_id].extend(new_blocks)
             assert count > 0 and computed + count <= len(tokens), f"{request_id}: {computed}+{count} of {len(tokens)}"
-            for position in range(computed, computed + count):
-                slot = table[position // self.block_size], position % self.block_size
-                self.memory[slot] = tuple(tokens[: position + 1])
-            for position in range(computed + count):
-                slot = table[position // self.block_size], position % self.block_size
-                assert self.memory.get(slot) == tuple(tokens[: position + 1]), f"{request_id} reads a stale slot"
-            if samples:
-                assert computed + count == len(tokens), f"{request_id} samples at {computed + count} of {len(tokens)}"
+            if not samples:
+                assert num_drafts == 0, f"{request_id} may guess behind a chunk that does not reach its end"
+                self._compute(request_id, tokens, computed, computed + count)
+                continue
+            room = self.max_total_tokens[request_id] - len(tokens) - 1
+            if room < 0:
+                continue  # guesses of the step before brought its last token
+            drafts = self._guess(tokens, min(num_drafts, room))
+            end = len(tokens)
+            self._compute(request_id, tokens + drafts, end - count, end + len(drafts))
+            for draft in [*drafts, None]:
                 tokens.append(next_token(tokens))
-                output.request_ids.append(request_id)
-                output.sampled_token_ids.append(tokens[-1])
+                if tokens[-1] != draft:
+                    break
+            output.request_ids.append(request_id)
+            output.sampled_token_ids += tokens[end:]
+            output.num_accepted_tokens.append(len(tokens) - end - 1)
+        self.num_accepted += sum(output.num_accepted_tokens)
+        if not scheduled.num_draft_tokens:
+            output.num_accepted_tokens.clear()
         return output
+
+    def _guess(self, tokens: list[int], count: int) -> list[int]:
+        right = expected_tokens(tokens, count)
+        num_right = sum(tokens) % (count + 1)
+        return right[:num_right] + [(token + 1) % 97 for token in right[num_right:]]
+
+    def _compute(self, request_id: str, tokens: list[int], begin: int, end: int) -> None:
+        table = self.tables[request_id]
+        for position in range(begin, end):
+            slot = table[position // self.block_size], position % self.block_size
+            self.memory[slot] = tuple(tokens[: position + 1])
+        for position in range(end):
+            slot = table[position // self.block_size], position % self.block_size
+            assert self.memory.get(slot) == tuple(tokens[: position + 1]), f"{request_id} reads a stale slot"
 
 
 @pytest.fixture
@@ -73,6 +103,7 @@ def make_scheduler():
     def make(num_blocks: int = 100, block_size: int = 4, **config) -> Scheduler:
         config.setdefault("max_num_batched_tokens", 32)
         config.setdefault("max_num_seqs", 8)
+        config.setdefault("num_speculative_tokens", 0)
         return Scheduler(SchedulerConfig(**config), KVCacheManager(num_blocks, block_size))
 
     return make

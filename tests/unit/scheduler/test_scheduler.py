@@ -2,6 +2,7 @@
 
 import pytest
 
+from servd.outputs import ModelRunnerOutput, TokenLogprobs
 from servd.request import FinishReason, RequestStatus
 from servd.sampling_params import SamplingParams
 from servd.scheduler.policies import POLICIES
@@ -66,9 +67,10 @@ def test_a_plan_is_made_before_the_tokens_of_the_last_one_are_known(make_schedul
     assert scheduler.schedule() is None  # the third token is the last: its KV is never needed
 
 
+@pytest.mark.parametrize("drafts", [0, 3, 8])
 @pytest.mark.parametrize("steps_in_flight", [1, 2, 3])
-def test_tokens_do_not_depend_on_planning_ahead(make_scheduler, make_request, steps_in_flight):
-    scheduler = make_scheduler(max_num_batched_tokens=16)
+def test_tokens_depend_neither_on_planning_ahead_nor_on_drafts(make_scheduler, make_request, steps_in_flight, drafts):
+    scheduler = make_scheduler(max_num_batched_tokens=16, num_speculative_tokens=drafts)
     requests = [make_request(name, 3 + 7 * i, max_tokens=5 + i) for i, name in enumerate("abcdef")]
     for request in requests:
         scheduler.add(request)
@@ -79,9 +81,10 @@ def test_tokens_do_not_depend_on_planning_ahead(make_scheduler, make_request, st
         assert request.output_token_ids == expected_tokens(request.prompt_token_ids, count)
 
 
+@pytest.mark.parametrize("drafts", [0, 5])
 @pytest.mark.parametrize("steps_in_flight", [1, 2])
-def test_preempted_requests_get_the_same_tokens(make_scheduler, make_request, steps_in_flight):
-    scheduler = make_scheduler(num_blocks=16)
+def test_preempted_requests_get_the_same_tokens(make_scheduler, make_request, steps_in_flight, drafts):
+    scheduler = make_scheduler(num_blocks=16, num_speculative_tokens=drafts)
     requests = [make_request(name, 9 + i, max_tokens=20) for i, name in enumerate("abcde")]
     for request in requests:
         scheduler.add(request)
@@ -137,7 +140,8 @@ def test_every_policy_answers_every_request(make_scheduler, make_request, name):
     assert len(run_to_end(scheduler, 2)) == len(requests)
 
 
-def test_end_of_text_and_stop_ids_end_a_request_unless_told_otherwise(make_scheduler, make_request):
+@pytest.mark.parametrize("drafts", [0, 7])
+def test_end_of_text_and_stop_ids_end_a_request_unless_told_otherwise(make_scheduler, make_request, drafts):
     prompt = [3, 1, 4]
     third = expected_tokens(prompt, 8)[2]
     cases = {
@@ -147,7 +151,7 @@ def test_end_of_text_and_stop_ids_end_a_request_unless_told_otherwise(make_sched
             "ignore", prompt, params=SamplingParams(max_tokens=8, ignore_eos=True), eos_token_ids=frozenset({third})
         ),
     }
-    scheduler = make_scheduler()
+    scheduler = make_scheduler(num_speculative_tokens=drafts)
     for request in cases.values():
         scheduler.add(request)
     ended = run_to_end(scheduler, 2)
@@ -198,8 +202,9 @@ def test_siblings_wait_for_the_prompt_and_share_its_blocks(make_scheduler, make_
     assert worker.block_size == 4
 
 
-def test_siblings_get_the_answers_they_would_get_alone(make_scheduler, make_request):
-    scheduler = make_scheduler(num_blocks=14)
+@pytest.mark.parametrize("drafts", [0, 5])
+def test_siblings_get_the_answers_they_would_get_alone(make_scheduler, make_request, drafts):
+    scheduler = make_scheduler(num_blocks=14, num_speculative_tokens=drafts)
     prompt = list(range(10))
     requests = [make_request("p", prompt, max_tokens=9)]
     requests += [make_request(f"c{i}", prompt, max_tokens=9, parent_id="p") for i in range(4)]
@@ -232,8 +237,9 @@ def test_a_request_that_failed_alone_leaves_the_others_running(make_scheduler, m
     assert list(scheduler.requests) == ["b"]
 
 
-def test_lost_steps_are_replayed_to_the_same_tokens(make_scheduler, make_request):
-    scheduler, worker = make_scheduler(), WorkerModel(4)
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_lost_steps_are_replayed_to_the_same_tokens(make_scheduler, make_request, drafts):
+    scheduler, worker = make_scheduler(num_speculative_tokens=drafts), WorkerModel(4)
     requests = [make_request(name, 6, max_tokens=9) for name in "abc"]
     for request in requests:
         scheduler.add(request)
@@ -244,6 +250,98 @@ def test_lost_steps_are_replayed_to_the_same_tokens(make_scheduler, make_request
     run_to_end(scheduler, 2)
     for request in requests:
         assert request.output_token_ids == expected_tokens(request.prompt_token_ids, 9)
+
+
+def granted(plan) -> dict[str, int]:
+    return dict(zip(plan.scheduled.request_ids, plan.scheduled.num_draft_tokens, strict=True))
+
+
+def test_drafts_get_what_the_budget_has_left_beside_no_prompt_and_never_go_beyond_the_last_token(make_scheduler, make_request):
+    scheduler, worker = make_scheduler(max_num_batched_tokens=10, num_speculative_tokens=6), WorkerModel(4)
+    scheduler.add(make_request("a", 4, max_tokens=30))
+    scheduler.add(make_request("b", 4, max_tokens=30))
+    plan = scheduler.schedule()
+    assert plan.scheduled.num_draft_tokens == []  # the end of a prompt does not wait for guesses
+    scheduler.update_from_output(worker.execute(plan))
+    plan = scheduler.schedule()
+    assert (shares(plan), granted(plan)) == ({"a": 1, "b": 1}, {"a": 6, "b": 2})
+    scheduler.update_from_output(worker.execute(plan))
+    scheduler.finish("b", FinishReason.ABORT)
+    scheduler.add(make_request("c", 3, max_tokens=3))
+    plan = scheduler.schedule()
+    assert (shares(plan), plan.scheduled.num_draft_tokens) == ({"a": 1, "c": 3}, [])
+    scheduler.update_from_output(worker.execute(plan))
+    assert granted(scheduler.schedule()) == {"a": 6, "c": 1}  # of its three tokens one is there, one is sampled
+
+
+def test_drafts_take_no_block_that_running_requests_will_need(make_scheduler, make_request):
+    scheduler, worker = make_scheduler(num_blocks=8, num_speculative_tokens=4), WorkerModel(4)
+    for name in "ab":
+        scheduler.add(make_request(name, 4, max_tokens=9))
+    scheduler.update_from_output(worker.execute(scheduler.schedule()))
+    # Of 7 blocks 2 hold the prompts and 2 what is computed now: a guess that takes one more leaves no block for each.
+    assert granted(scheduler.schedule()) == {"a": 4, "b": 0}
+
+
+def test_a_plan_made_ahead_has_room_for_whatever_the_drafts_before_it_brought(make_scheduler, make_request):
+    scheduler, worker = make_scheduler(num_speculative_tokens=7), WorkerModel(4)
+    request = make_request("a", 5, max_tokens=40)
+    scheduler.add(request)
+    plans = [scheduler.schedule() for _ in range(4)]
+    # As if all guesses were wrong.
+    assert [plan.scheduled.num_computed_tokens for plan in plans] == [[0], [5], [6], [7]]
+    assert len(scheduler.cache.block_ids(request)) == 8  # 5 of the prompt, 3 * 7 guesses, 3 sampled: 29 tokens
+    for plan in plans:
+        scheduler.update_from_output(worker.execute(plan))
+        assert request.num_computed_tokens == request.num_tokens - 1 + request.num_inflight_tokens
+    assert request.output_token_ids == expected_tokens(request.prompt_token_ids, len(request.output_token_ids))
+    assert worker.num_accepted > 0 and request.num_inflight_drafts == 0
+
+
+def test_a_plan_behind_the_last_token_of_a_request_gives_it_none(make_scheduler, make_request):
+    scheduler, worker = make_scheduler(num_speculative_tokens=3), WorkerModel(4)
+    request = make_request("a", 5, max_tokens=5)
+    scheduler.add(request)
+    scheduler.update_from_output(worker.execute(scheduler.schedule()))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert shares(second) == {"a": 1}  # it cannot be known yet that the guesses of the first are all right
+    tokens = expected_tokens(request.prompt_token_ids, 5)[1:]
+    (update,) = scheduler.update_from_output(
+        ModelRunnerOutput(first.step_id, ["a"], tokens, {}, {}, {}, 0.001, num_accepted_tokens=[3])
+    )
+    assert (update.new_token_ids, update.finish_reason) == (tokens, FinishReason.LENGTH)
+    assert scheduler.update_from_output(ModelRunnerOutput(second.step_id, [], [], {}, {}, {}, 0.001)) == []
+    assert not scheduler.has_work()
+
+
+def test_tokens_behind_the_one_that_ends_a_request_are_dropped_with_their_logprobs(make_scheduler, make_request):
+    scheduler, worker = make_scheduler(num_speculative_tokens=3), WorkerModel(4)
+    request = make_request("a", 5, max_tokens=20, eos_token_ids=frozenset({60}))
+    scheduler.add(request)
+    scheduler.update_from_output(worker.execute(scheduler.schedule()))
+    plan = scheduler.schedule()
+    logprobs = [TokenLogprobs(token, -1.0, 1, [], []) for token in (50, 60, 70)]
+    (update,) = scheduler.update_from_output(
+        ModelRunnerOutput(plan.step_id, ["a"], [50, 60, 70], {"a": logprobs}, {}, {}, 0.001, num_accepted_tokens=[2])
+    )
+    assert (update.new_token_ids, update.stop_token_id, update.logprobs) == ([50, 60], 60, logprobs[:2])
+    assert update.finish_reason is FinishReason.STOP
+
+
+def test_only_accepted_tokens_are_findable_in_the_prefix_cache(make_scheduler, make_request):
+    scheduler = make_scheduler(num_speculative_tokens=7)
+    first = make_request("a", 6, max_tokens=30)
+    scheduler.add(first)
+    worker = WorkerModel(4)
+    for _ in range(5):
+        scheduler.update_from_output(worker.execute(scheduler.schedule()))
+    assert worker.num_accepted > 0
+    again = make_request("b", first.all_token_ids(), max_tokens=30)
+    scheduler.add(again)
+    plan = scheduler.schedule()
+    assert again.num_cached_tokens == (first.num_tokens - 1) // 4 * 4
+    scheduler.update_from_output(worker.execute(plan))  # reads every slot of the shared blocks
+    assert again.output_token_ids == expected_tokens(again.prompt_token_ids, len(again.output_token_ids))
 
 
 def run_with_poison(scheduler, kills, limit: int = 3000) -> tuple[int, list[str], int]:

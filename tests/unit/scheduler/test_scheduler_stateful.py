@@ -22,12 +22,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(6, 40),
         caching=st.booleans(),
         threshold=st.sampled_from([0, 5]),
+        drafts=st.sampled_from([0, 1, 4, 20]),
     )
-    def start(self, num_tokens, block, max_num_seqs, policy, budget, caching, threshold):
+    def start(self, num_tokens, block, max_num_seqs, policy, budget, caching, threshold, drafts):
         num_blocks = -(-num_tokens // block) + 1  # of 256 tokens, just one that can be used
         config = SchedulerConfig(
             max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, scheduling_policy=policy,
-            long_prefill_token_threshold=threshold,
+            long_prefill_token_threshold=threshold, num_speculative_tokens=drafts,
         )  # fmt: skip
         self.scheduler = Scheduler(config, KVCacheManager(num_blocks, block, enable_prefix_caching=caching))
         self.worker = WorkerModel(block)
@@ -61,6 +62,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert plan.num_tokens <= self.scheduler.config.max_num_batched_tokens
             assert len(set(plan.scheduled.request_ids)) == len(plan.scheduled.request_ids)
             assert len(plan.scheduled.request_ids) <= self.scheduler.config.max_num_seqs
+            granted = plan.scheduled.num_draft_tokens
+            assert max(granted, default=0) <= self.scheduler.config.num_speculative_tokens
             sources, destinations = {pair[0] for pair in plan.block_copies}, [pair[1] for pair in plan.block_copies]
             assert len(set(destinations)) == len(destinations), "two copies into one block"
             assert not sources & set(destinations), "the order of the copies would matter"

@@ -104,5 +104,5 @@ class Driver:
     def _new_request(self, sequence: Sequence) -> NewRequestData:
         return NewRequestData(
             sequence.request_id, sequence.tokens, len(sequence.prompt), sequence.params, sequence.seed,
-            [0], list(sequence.blocks),
+            [0], list(sequence.blocks), len(sequence.prompt) + (sequence.params.max_tokens or 10**6),
         )  # fmt: skip

@@ -252,8 +252,8 @@ def test_logprobs_are_reported_for_those_who_asked() -> None:
     driver.add("b", make_prompt(2, 5))
     output = driver.step({"b": 0, "a": 0})
     assert list(output.logprobs) == ["a"]
-    assert output.logprobs["a"].token_id == output.sampled_token_ids[1]
-    assert len(output.logprobs["a"].top_token_ids) == 3
+    assert output.logprobs["a"][0].token_id == output.sampled_token_ids[1]
+    assert len(output.logprobs["a"][0].top_token_ids) == 3
 
 
 def test_a_plan_without_live_requests_gives_an_empty_result() -> None:

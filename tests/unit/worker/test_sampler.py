@@ -48,7 +48,10 @@ def make_metadata(rows: list[Row]) -> SamplingMetadata:
     for i, row in enumerate(rows):
         tokens = row.prompt + row.output
         table[i, : len(tokens)] = tokens
-        state.set(i, NewRequestData(str(i), tokens, len(row.prompt), row.params, row.seed, row.stop_token_ids, []))
+        new = NewRequestData(
+            str(i), tokens, len(row.prompt), row.params, row.seed, row.stop_token_ids, [], max_total_tokens=10**6
+        )
+        state.set(i, new)
     return state.metadata(np.arange(len(rows)), np.array([row.position for row in rows]), table)
 
 
