@@ -57,6 +57,24 @@ def quantize_groups(x: Tensor, bits: int, group_size: int, symmetric: bool) -> t
     return _whole(codes, x.shape[-1]), scales.squeeze(-1), None if symmetric else zeros.squeeze(-1).to(torch.uint8)
 
 
+def rotate(x: Tensor, size: int) -> Tensor:
+    """Each run of `size` columns times the normalized Hadamard matrix (Sylvester's), which is its own inverse.
+
+    x [num_rows, num_columns] of any floating dtype -> float32 of that shape; size: a power of two that divides
+    num_columns. A product of two rotated factors is the product of the factors, but their outliers are spread, so that
+    they round better (Ashkboos et al. 2024, "QuaRot", https://arxiv.org/abs/2404.00456). Butterflies in ascending
+    strides: an order that kernels keep, so that their sums are these to the bit.
+    """
+    out: Tensor = x.float()
+    stride = 1
+    while stride < size:
+        low, high = torch.unflatten(out, -1, (x.shape[-1] // (2 * stride), 2, stride)).unbind(-2)
+        out = torch.stack((low + high, low - high), -2).flatten(-3)
+        stride *= 2
+    rotated: Tensor = out * size**-0.5
+    return rotated
+
+
 def group_count(num_columns: int, group_size: int) -> int:
     """How many runs of group_size columns there are, the last perhaps shorter."""
     return -(-num_columns // group_size)

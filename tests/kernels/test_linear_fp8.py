@@ -132,6 +132,19 @@ def test_activation_follows_the_bias(backend: str, activation: str) -> None:
         linear_fp8(inputs["x"], packed, inputs["bias"], None, None, "relu")
 
 
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(0, 5, 16), (3, 50, 66), (70, 97, 130)])
+def test_gate_and_residual(backend: str, rows: int, columns: int, depth: int, activations: str) -> None:
+    inputs = reference.make_inputs(rows, 2 * columns, depth, True, torch.bfloat16)
+    x, codes, scales, bias = inputs["x"], inputs["codes"], inputs["scales"], inputs["bias"]
+    residual = torch.randn(rows, columns + 5, generator=torch.Generator().manual_seed(1))[:, 2:-3]
+    gate, up = linear_fp8(x, pack(codes, scales, activations), bias, torch.float32).chunk(2, 1)
+    packed = pack(codes, scales, activations, backend, gated=True)
+    out = linear_fp8(x, packed, bias, torch.float32, None, "silu", residual)
+    assert packed.out_features == columns and out.shape == (rows, columns)
+    torch.testing.assert_close(out, functional.silu(gate) * up + residual, rtol=2e-5, atol=2e-5)
+
+
 def test_error_of_the_quantizer() -> None:
     weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
     codes, scales = quantize_weight(weight)

@@ -38,19 +38,19 @@ def cases(name: str, arch: str) -> tuple[torch.Tensor, Run, torch.Tensor]:
         inputs = w8a8_reference.make_inputs(ROWS, COLUMNS, DEPTH, True, dtype)
         codes, scales, bias = inputs["codes"], inputs["scales"], inputs["bias"]
         expected = linear_w8a8.linear_w8a8(inputs["x"], w8a8_reference.pack(codes, scales, group), bias)
-        launch = (w8a8.launch, w8a8.pack(codes, scales, group), bias, None, None)
+        launch = (w8a8.launch, w8a8.pack(codes, scales, group), bias, None, None, None)
     elif name.startswith("w4"):
         activations = "int8" if name == "w4a8" else "none"
         inputs = wna16_reference.make_inputs(ROWS, COLUMNS, DEPTH, 4, 32, False, dtype)
         weight, bias = inputs["weight"], inputs["bias"]
         expected = linear_wna16.linear_wna16(inputs["x"], wna16_reference.pack(weight, activations), bias)
-        launch = (wna16.launch, wna16.pack_for(arch, weight, activations), bias, None)
+        launch = (wna16.launch, wna16.pack_for(arch, weight, activations), bias, None, None)
     else:
         activations = "fp8" if name == "fp8" else "none"
         inputs = fp8_reference.make_inputs(ROWS, COLUMNS, DEPTH, True, dtype)
         codes, scales, bias = inputs["codes"], inputs["scales"], inputs["bias"]
         expected = linear_fp8.linear_fp8(inputs["x"], fp8_reference.pack(codes, scales, activations), bias)
-        launch = (fp8.launch, fp8.pack_for(arch, codes, scales, activations), bias, None, None)
+        launch = (fp8.launch, fp8.pack_for(arch, codes, scales, activations), bias, None, None, None)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         function, *arguments = launch

@@ -6,7 +6,7 @@ import torch
 from servd_kernels import native
 from servd_kernels.linear_w8a8 import linear_w8a8, pack, quantize_weight, reference
 from servd_kernels.testing import assert_close
-from servd_kernels.weight_quant import quantize_int8
+from servd_kernels.weight_quant import quantize_int8, rotate
 from torch.nn import functional
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -129,6 +129,54 @@ def test_activation_follows_the_bias(backend: str, activation: str) -> None:
         linear_w8a8(inputs["x"], packed, inputs["bias"], None, None, "relu")
 
 
+@pytest.mark.parametrize("group", [None, 64])
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(0, 5, 16), (3, 50, 66), (70, 97, 130)])
+def test_gate_and_residual(backend: str, rows: int, columns: int, depth: int, group: int | None) -> None:
+    inputs = reference.make_inputs(rows, 2 * columns, depth, True, torch.bfloat16)
+    x, codes, scales, bias = inputs["x"], inputs["codes"], inputs["scales"], inputs["bias"]
+    wide = torch.randn(rows, columns + 5, generator=torch.Generator().manual_seed(1)).half()
+    residual = wide[:, 2:-3]
+    gate, up = linear_w8a8(x, pack(codes, scales, group), bias, torch.float32).chunk(2, 1)
+    packed = pack(codes, scales, group, backend, gated=True)
+    out = linear_w8a8(x, packed, bias, torch.float32, None, "silu", residual)
+    assert packed.out_features == columns and out.shape == (rows, columns)
+    torch.testing.assert_close(out, functional.silu(gate) * up + residual, rtol=2e-5, atol=1e-5)
+    for size in (1, 9) if rows and backend != "triton" else ():
+        alone = linear_w8a8(x[:size], packed, bias, torch.float32, None, "silu", residual[:size])
+        assert torch.equal(alone, out[:size])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("rotation", [16, 64, 256])
+def test_rotated_rows_are_those_that_rotate_gives(
+    backend: str, rotation: int, group: int | None, dtype: torch.dtype
+) -> None:
+    inputs = reference.make_inputs(9, 50, 768, True, dtype)
+    x, codes, scales, bias = inputs["x"], inputs["codes"], inputs["scales"], inputs["bias"]
+    expected = linear_w8a8(rotate(x, rotation), pack(codes, scales, group, backend), bias, dtype)
+    packed = pack(codes, scales, group, backend, rotation=rotation)
+    assert torch.equal(linear_w8a8(x, packed, bias), expected)
+    spoiled = x.clone()
+    spoiled[4, 3] = torch.inf
+    out = linear_w8a8(spoiled, packed, bias)
+    assert out[4].isnan().all() and torch.equal(out[5:], expected[5:])
+
+
+def test_rotation_spreads_outliers_and_changes_no_product() -> None:
+    inputs = reference.make_inputs(20, 64, 576)
+    x, weight = inputs["x"], inputs["weight"]
+    x[:, 7] *= 40
+    exact = x @ weight.T
+    torch.testing.assert_close(rotate(x, 64) @ rotate(weight, 64).T, exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rotate(rotate(x, 32), 32), x, rtol=1e-5, atol=1e-5)
+    errors = []
+    for rotation in (None, 64):
+        packed = pack(*quantize_weight(weight, rotation), rotation=rotation)
+        errors.append(float((linear_w8a8(x, packed) - exact).norm()))
+    assert errors[1] < errors[0] / 2
+
+
 def test_packed_weight_keeps_its_instruction_set() -> None:
     inputs = reference.make_inputs(3, 20, 33)
     packed = pack(inputs["codes"], inputs["scales"])
@@ -167,6 +215,14 @@ def test_what_does_not_fit_is_named() -> None:
         linear_w8a8(torch.ones(2, 3), packed, None, torch.int8)
     with pytest.raises(ValueError, match="activation_group is 48; allowed: None, 32"):
         pack(codes, scales, 48)
+    with pytest.raises(ValueError, match="rotation is 48; allowed: None, 16"):
+        pack(codes, scales, rotation=48)
+    with pytest.raises(ValueError, match="rotation is 16; allowed: what divides in_features, 3"):
+        pack(codes, scales, rotation=16)
+    with pytest.raises(ValueError, match="as many up rows as gate rows, not 3"):
+        pack(codes[:3], scales[:3], gated=True)
+    with pytest.raises(ValueError, match=r"residual must be floating \[2, 4\], not torch.float32 \[2, 5\]"):
+        linear_w8a8(torch.ones(2, 3), packed, residual=torch.ones(2, 5))
     with pytest.raises(ValueError, match=r"codes must be torch.int8"):
         pack(codes.int(), scales)
     with pytest.raises(ValueError, match=r"scales must be torch.float32 \[4\]"):

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(0, 5, 3), (1, 1, 1), (1, 49, 7), (3, 97, 66), (6, 48, 36), (9, 101, 576), (66, 50, 65), (130, 96, 300)]
-FORMS = list(itertools.product([4, 8], [32, 128, None], ["symmetric", "zeros", "minima"]))
+FORMS = list(itertools.product([4, 8], [16, 32, 128, None], ["symmetric", "zeros", "minima"]))
 ACTIVATIONS = ["none", "int8"]
 
 
@@ -51,6 +51,10 @@ def test_integer_activations_match_the_reference(
 ) -> None:
     inputs = reference.make_inputs(rows, columns, depth, bits, group or depth, form == "symmetric", torch.bfloat16)
     weight = weight_of(inputs, form)
+    if backend == "triton" and group == 16 and depth > 16:
+        with pytest.raises(ValueError, match="groups of 16 are fewer columns than a GPU's int8 products take"):
+            pack(weight, "int8", backend)
+        return
     expected = linear_wna16(inputs["x"], pack(weight, "int8", "reference"), inputs["bias"], torch.float32)
     out = linear_wna16(inputs["x"], pack(weight, "int8", backend), inputs["bias"], torch.float32)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
@@ -70,6 +74,22 @@ def test_groups_longer_than_a_segment(backend: str, group: int, activations: str
     inputs = reference.make_inputs(9, 50, 1000, 4, group, False)
     expected = linear_wna16(inputs["x"], pack(inputs["weight"], activations, "reference"))
     assert_close(linear_wna16(inputs["x"], pack(inputs["weight"], activations, backend)), expected, "gemm")
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize(("bits", "form"), [(4, "minima"), (4, "zeros"), (8, "symmetric")])
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(0, 5, 16), (3, 50, 66), (70, 97, 130)])
+def test_gate_and_residual(
+    backend: str, rows: int, columns: int, depth: int, bits: int, form: str, activations: str
+) -> None:
+    inputs = reference.make_inputs(rows, 2 * columns, depth, bits, 32, form == "symmetric", torch.bfloat16)
+    x, weight, bias = inputs["x"], weight_of(inputs, form), inputs["bias"]
+    residual = torch.randn(rows, columns + 5, generator=torch.Generator().manual_seed(1))[:, 2:-3]
+    gate, up = linear_wna16(x, pack(weight, activations), bias, torch.float32).chunk(2, 1)
+    packed = pack(weight, activations, backend, gated=True)
+    out = linear_wna16(x, packed, bias, torch.float32, "silu", residual)
+    assert packed.out_features == columns and out.shape == (rows, columns)
+    torch.testing.assert_close(out, functional.silu(gate) * up + residual, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
@@ -193,5 +213,5 @@ def test_what_does_not_fit_is_named() -> None:
         linear_wna16(torch.ones(2, 64), packed, None, torch.int8)
     with pytest.raises(ValueError, match=r"bias .*\[5\]"):
         linear_wna16(torch.ones(2, 64), packed, torch.ones(5))
-    with pytest.raises(ValueError, match="group_size must be 32, 64, 128, a multiple of 256 or the whole row, not 48"):
+    with pytest.raises(ValueError, match="group_size must be 16, 32, 64, 128, a multiple of 256 or .*, not 48"):
         pack(GroupedWeight(codes, scales, 4, 48), backend="cpu")

@@ -2,8 +2,7 @@
 // Does not know: which op it serves. Sums are in float32, segment by segment in ascending order whatever the number
 // of rows, so that a row's bits are its own (Goto & van de Geijn 2008, for the blocking).
 #pragma once
-#include "activation.hpp"
-#include "rows.hpp"
+#include "linear_end.hpp"
 
 namespace SERVD_ISA {
 
@@ -21,16 +20,16 @@ SERVD_INLINE void for_tiles(int64_t rows, F&& f) {
     }
 }
 
-// What a call of a coded linear reads and writes. Scales, zeros and minima: [panels][groups][kCodePanel].
+// What a call of a coded linear reads and writes. Scales, zeros and minima: [panels][groups][kCodePanel]. With a gate
+// the panels of the gate and of the other matrix alternate.
 struct CodedCall {
     const uint32_t* words;
     const void* scales;
     const uint8_t* zeros;
     const void* minima;
-    const void* bias;
-    void* out;
-    int64_t m, n, k, group;  // group: columns of x that share a weight's scale
-    int scale_dtype, bias_dtype, out_dtype, activation;
+    int64_t m, k, group;  // group: columns of x that share a weight's scale
+    int scale_dtype;
+    LinearEnd end;
     const float* row_scales;  // [m], or null
     const float* sums;        // [m][segments], of x; null where no weight has an offset
 
@@ -61,23 +60,6 @@ SERVD_INLINE Scales load_scales(const CodedCall& call, int64_t panel, int64_t gr
     return out;
 }
 
-// W columns of a row: the row's scale, the bias, the activation, the one rounding.
-SERVD_INLINE void finish(const CodedCall& call, int64_t row, int64_t column, vf total) {
-    int64_t n = lesser(int64_t(W), call.n - column);
-    if (n <= 0) return;
-    if (call.row_scales) total *= call.row_scales[row];
-    if (call.bias) total += load_any(call.bias, call.bias_dtype, column, n);
-    store_any(call.out, call.out_dtype, row * call.n + column, activated(call.activation, total), n);
-}
-
-// totals [rows][kCodePanel] of a panel.
-SERVD_INLINE void finish_rows(const CodedCall& call, const float* totals, int64_t panel, int64_t first_row,
-                              int64_t rows) {
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t at = 0; at < kCodePanel; at += W)
-            finish(call, first_row + row, panel * kCodePanel + at, load(totals + row * kCodePanel + at));
-}
-
 // totals [ROWS][kCodePanel] += scale * (x * weights) + offset * sums, over one segment. The weights are `decoded`, or
 // null: then `words` are decoded in registers. Not inlined, for the registers' sake.
 template <class Code, class X, int ROWS>
@@ -104,12 +86,12 @@ __attribute__((noinline)) void multiply_segment(const X* x, int64_t x_stride, co
     }
 }
 
+// totals [rows][kCodePanel] = x times a panel of the weight.
 template <class Code, class X>
-void coded_unit(const CodedCall& call, const X* x, int64_t x_stride, int64_t panel, int64_t first_row) {
-    alignas(64) float totals[kUnitRows * kCodePanel];
+void multiply_coded_panel(const CodedCall& call, const X* x, int64_t x_stride, int64_t panel, int64_t first_row,
+                          int64_t rows, float* totals) {
     alignas(64) X decoded[kMaxSegment * kCodePanel];
-    int64_t rows = lesser(kUnitRows, call.m - first_row), depth = round_up(call.k, Code::kDepth);
-    int64_t segment = call.segment(), segments = call.segments();
+    int64_t depth = round_up(call.k, Code::kDepth), segment = call.segment(), segments = call.segments();
     const uint32_t* words = call.words + panel * (depth / Code::kDepth) * kCodePanel;
     bool is_decoded = rows > kDirectRows;
     memset(totals, 0, rows * kCodePanel * sizeof(float));
@@ -125,7 +107,21 @@ void coded_unit(const CodedCall& call, const X* x, int64_t x_stride, int64_t pan
                 totals + row * kCodePanel);
         });
     }
-    finish_rows(call, totals, panel, first_row, rows);
+}
+
+template <class Code, class X>
+void coded_unit(const CodedCall& call, const X* x, int64_t x_stride, int64_t panel, int64_t first_row) {
+    alignas(64) float totals[kUnitRows * kCodePanel], gates[kUnitRows * kCodePanel];
+    int64_t rows = lesser(kUnitRows, call.m - first_row), parts = call.end.is_gated ? 2 : 1;
+    if (call.end.is_gated) multiply_coded_panel<Code>(call, x, x_stride, panel * parts, first_row, rows, gates);
+    multiply_coded_panel<Code>(call, x, x_stride, panel * parts + parts - 1, first_row, rows, totals);
+    auto scaled = [&](const float* sums, int64_t row, int v) SERVD_MEMBER {
+        vf sum = load(sums + row * kCodePanel + v * W);
+        return call.row_scales ? sum * call.row_scales[first_row + row] : sum;
+    };
+    finish_rows<kTileVectors>(
+        call.end, first_row, rows, panel * kCodePanel, [&](int64_t row, int v) { return scaled(totals, row, v); },
+        [&](int64_t row, int v) { return scaled(gates, row, v); });
 }
 
 // f(panel, first row) for every unit of work of an [m, n] result.
@@ -139,7 +135,7 @@ SERVD_INLINE void for_units(int64_t m, int64_t n, int64_t k, F f) {
 // x [m, stride], padded with zeros to whole words of codes.
 template <class Code, class X>
 void coded_linear(const CodedCall& call, const X* x, int64_t x_stride) {
-    for_units(call.m, call.n, call.k, [&call, x, x_stride](int64_t panel, int64_t first_row) {
+    for_units(call.m, call.end.n, call.k, [&call, x, x_stride](int64_t panel, int64_t first_row) {
         coded_unit<Code, X>(call, x, x_stride, panel, first_row);
     });
 }

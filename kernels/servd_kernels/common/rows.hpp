@@ -1,4 +1,4 @@
-// Owns: activations made ready for the tiles of codes.hpp: padded, widened, rounded to int8 or e4m3, summed.
+// Owns: activations made ready for the tiles of codes.hpp: padded, widened, rounded to e4m3, summed.
 // Does not know: weights. Each row is prepared from that row alone.
 #pragma once
 #include "codes.hpp"
@@ -82,84 +82,5 @@ SERVD_INLINE vf round_to_fp8(vf v) {
     const vf magic = broadcast(24576.f);  // 1.5 * 2^14: a unit in its last place is 2^-9
     return magnitude(v) < 0x1p-6f ? (v + magic) - magic : normal;
 }
-
-// W codes to `out`, in the order in which integer_dot meets them in a word of BITS-bit codes.
-template <int BITS>
-SERVD_INLINE void store_codes(RowCode* out, vi codes) {
-#if defined(__AVX512VNNI__)
-    const __m128i order = BITS == 4 ? _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15)
-                                    : _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
-    _mm_storeu_si128((__m128i*)out, _mm_shuffle_epi8(_mm512_cvtepi32_epi8((__m512i)codes), order));
-#else
-    vh narrow = __builtin_convertvector(codes, vh);
-    memcpy(out, &narrow, sizeof narrow);
-#endif
-}
-
-SERVD_INLINE int32_t sum_integers(vi v) {
-    int32_t total = 0;
-    for (int i = 0; i < W; ++i) total += v[i];
-    return total;
-}
-
-// x[0..n) rounded to int8 by its absmax / 127; the sum of the codes. `out` has room for n rounded up to W.
-template <int BITS, class T>
-SERVD_INLINE int32_t quantize_segment(const T* x, int64_t n, RowCode* out, float* scale) {
-    *scale = largest_magnitude(x, n) / 127.f;
-    vf inverse = broadcast(1.f / *scale);
-    vi total{};
-    for (int64_t i = 0; i < n; i += W) {
-        vi codes = round_to_integer(clamp(load_n(x + i, lesser(int64_t(W), n - i)) * inverse, 127.f));
-        total += codes;
-        store_codes<BITS>(out + i, codes);
-    }
-    return sum_integers(total);
-}
-
-template <int BITS>
-SERVD_INLINE int32_t take_segment(const int8_t* x, int64_t n, RowCode* out) {
-    vi total{};
-    for (int64_t i = 0; i < n; i += W) {
-        vi codes{};
-        for (int64_t j = 0; j < lesser(int64_t(W), n - i); ++j) codes[j] = x[i + j];
-        total += codes;
-        store_codes<BITS>(out + i, codes);
-    }
-    return sum_integers(total);
-}
-
-// Rows of int8 codes, with a scale and the sum of the codes for each segment of columns.
-struct IntegerRows {
-    int64_t segment, segments, stride;
-    Scratch<RowCode> codes;
-    Scratch<float> scales;
-    Scratch<int32_t> sums;
-    IntegerRows(int64_t m, int64_t k, int64_t segment)
-        : segment(segment), segments(quotient_up(k, segment)), stride(round_up(k, 64)), codes(m * stride),
-          scales(m * segments), sums(m * segments) {}
-
-    // x [m, k] of `dtype`; with kCodes, `given` holds its scales.
-    template <int BITS>
-    void fill(const void* x, int dtype, int64_t x_stride, const float* given, int64_t m, int64_t k) {
-        parallel(m, m * k, [=](int64_t row) {
-            RowCode* out = codes.data + row * stride;
-            memset(out + k / W * W, 0, (stride - k / W * W) * sizeof(RowCode));
-            for (int64_t s = 0; s < segments; ++s) {
-                int64_t first = s * segment, n = lesser(segment, k - first), cell = row * segments + s;
-                if (dtype == kCodes) {
-                    scales.data[cell] = given[cell];
-                    sums.data[cell] = take_segment<BITS>(
-                        static_cast<const int8_t*>(x) + row * x_stride + first, n, out + first);
-                } else {
-                    sums.data[cell] = with_dtype(dtype, [&](auto tag) {
-                        using T = typename decltype(tag)::type;
-                        return quantize_segment<BITS>(static_cast<const T*>(x) + row * x_stride + first, n,
-                                                      out + first, &scales.data[cell]);
-                    });
-                }
-            }
-        });
-    }
-};
 
 }  // namespace SERVD_ISA

@@ -47,13 +47,16 @@ void rounded_linear(CodedCall call, const T* x, int64_t x_stride, const float* g
 }  // namespace SERVD_ISA
 
 // x [m, k] with a row stride in elements, of a DType, or e4m3 codes (kFp8) with x_scales [m]; scales float
-// [panels][columns of a panel]; out [m, n] contiguous; bias [n] or null.
-SERVD_EXPORT(linear_fp8)(const void* x, int64_t x_stride, const void* x_scales, const void* words, const void* scales,
-                         const void* bias, void* out, int64_t m, int64_t n, int64_t k, int x_dtype, int bias_dtype,
-                         int out_dtype, int activation, int is_rounded) {
+// [panels][columns of a panel]. The rest: LinearEnd.
+SERVD_EXPORT(linear_fp8)(const void* x, int64_t x_stride, int x_dtype, const void* x_scales, const void* words,
+                         const void* scales, int64_t m, int64_t k, int is_rounded, const void* bias,
+                         const void* residual, int64_t residual_stride, void* out, int64_t n, int bias_dtype,
+                         int residual_dtype, int out_dtype, int activation, int is_gated) {
     using namespace SERVD_ISA;
-    CodedCall call = {static_cast<const uint32_t*>(words), scales, nullptr, nullptr, bias, out, m, n, k, k,
-                      kFloat32, bias_dtype, out_dtype, activation, nullptr, nullptr};
+    LinearEnd end = {bias, residual, out, n, residual_stride, bias_dtype, residual_dtype, out_dtype, activation,
+                     is_gated};
+    CodedCall call = {static_cast<const uint32_t*>(words), scales, nullptr, nullptr, m, k, k, kFloat32, end, nullptr,
+                      nullptr};
     if (x_dtype == kFp8) {
         rounded_linear(call, static_cast<const uint8_t*>(x), x_stride, static_cast<const float*>(x_scales));
         return 0;

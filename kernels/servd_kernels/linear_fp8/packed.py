@@ -1,4 +1,4 @@
-"""Owns the types that the backends of linear_fp8 share: a packed weight, and the pair of functions a layer binds.
+"""Owns the packed weight that the backends of linear_fp8 share.
 Does not know any layout."""
 
 from collections.abc import Callable
@@ -12,35 +12,10 @@ class PackedWeight:
     """An e4m3 weight in the layout of the backend that packed it; only that backend's `run` can read it."""
 
     data: torch.Tensor
-    scales: torch.Tensor  # [out_features] float32
-    out_features: int
+    scales: torch.Tensor  # [out_features] float32; with a gate twice as many
+    out_features: int  # columns of the output: with a gate, half of the weight's rows
     in_features: int
     activations: str  # "none": as they come; "fp8": rounded to e4m3 in each row, first
-    run: "Run"
+    gated: bool
+    run: Callable[..., torch.Tensor]
     kernel: Callable[..., int] | None = None  # native code of the instruction set that fits the layout
-
-
-# x, packed, bias, out_dtype, x_scales, activation
-Run = Callable[
-    [torch.Tensor, PackedWeight, torch.Tensor | None, torch.dtype | None, torch.Tensor | None, str | None],
-    torch.Tensor,
-]
-
-
-@dataclass(frozen=True, slots=True)
-class BoundLinear:
-    """What a layer holds: pack at load, then call."""
-
-    pack: Callable[[torch.Tensor, torch.Tensor, str], PackedWeight]  # codes, scales, activations
-    run: Run
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        packed: PackedWeight,
-        bias: torch.Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
-        x_scales: torch.Tensor | None = None,
-        activation: str | None = None,
-    ) -> torch.Tensor:
-        return self.run(x, packed, bias, out_dtype, x_scales, activation)

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from servd_kernels.coded_linear import BoundLinear
 from servd_kernels.linear import reference as dense
-from servd_kernels.linear_fp8.packed import BoundLinear, PackedWeight
+from servd_kernels.linear_fp8.packed import PackedWeight
 from servd_kernels.weight_quant import FP8, quantize_fp8
 
 
@@ -18,9 +19,10 @@ def bind(device: str, dtype: torch.dtype, **axes: object) -> BoundLinear:
     return BoundLinear(pack, run)
 
 
-def pack(codes: torch.Tensor, scales: torch.Tensor, activations: str = "none") -> PackedWeight:
+def pack(codes: torch.Tensor, scales: torch.Tensor, activations: str = "none", gated: bool = False) -> PackedWeight:
     """Keeps the codes as float32 numbers."""
-    return PackedWeight(codes.float(), scales, codes.shape[0], codes.shape[1], activations, run)
+    rows, columns = codes.shape
+    return PackedWeight(codes.float(), scales, rows // 2 if gated else rows, columns, activations, gated, run)
 
 
 def run(
@@ -30,6 +32,7 @@ def run(
     out_dtype: torch.dtype | None = None,
     x_scales: torch.Tensor | None = None,
     activation: str | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Numbers first, scales after: what a multiplication of e4m3 by e4m3 does."""
     out_dtype = out_dtype or (torch.float32 if x.dtype == FP8 else x.dtype)
@@ -41,9 +44,7 @@ def run(
     out = out * packed.scales
     if bias is not None:
         out = out + bias.float()
-    if activation is not None:
-        out = dense.ACTIVATION_FUNCTIONS[activation](out)
-    return out.to(out_dtype)
+    return dense.follow(out, packed.gated, activation, residual).to(out_dtype)
 
 
 def make_inputs(

@@ -12,18 +12,16 @@ import triton
 import triton.language as tl
 
 from servd_kernels import triton_gemm, triton_gemm_rows
+from servd_kernels.coded_linear import BoundLinear
 from servd_kernels.linear.packed import ACTIVATIONS
-from servd_kernels.linear_fp8.packed import BoundLinear, PackedWeight
+from servd_kernels.linear_fp8.packed import PackedWeight
 from servd_kernels.triton_gemm import (
-    activate,
-    add_row,
     dot,
     load_columns,
     product,
     program_tile,
     row_pointers,
     scale_tile,
-    store_tile,
 )
 from servd_kernels.triton_gemm_codes import (
     E4M3,
@@ -35,6 +33,7 @@ from servd_kernels.triton_gemm_codes import (
     load_codes,
     pack_codes,
 )
+from servd_kernels.triton_gemm_end import finish_tile, interleave
 from servd_kernels.triton_support import ARCHITECTURES, CompileCase, unsupported
 from servd_kernels.weight_quant import FP8
 
@@ -53,15 +52,19 @@ def bind(device: str, dtype: torch.dtype, **axes: object) -> BoundLinear:
     return BoundLinear(pack, run)
 
 
-def pack(codes: torch.Tensor, scales: torch.Tensor, activations: str = "none") -> PackedWeight:
+def pack(codes: torch.Tensor, scales: torch.Tensor, activations: str = "none", gated: bool = False) -> PackedWeight:
     """Runs of codes where they will be decoded; rows of them, each at a multiple of 16 bytes, where codes meet codes.
     The scale of a row that holds a NaN becomes NaN, so that decoding need not know of any."""
     arch = triton_gemm.architecture_of(codes.device)
-    return pack_for(arch, codes, scales, activations)
+    return pack_for(arch, codes, scales, activations, gated)
 
 
-def pack_for(arch: str, codes: torch.Tensor, scales: torch.Tensor, activations: str) -> PackedWeight:
+def pack_for(
+    arch: str, codes: torch.Tensor, scales: torch.Tensor, activations: str, gated: bool = False
+) -> PackedWeight:
     """As `pack`, for an architecture."""
+    if gated:
+        codes, scales = interleave(codes), interleave(scales)
     rows, columns = codes.shape
     data = codes.contiguous().view(torch.uint8)
     scales = scales.masked_fill((data & NAN).eq(NAN).any(1), torch.nan)
@@ -69,7 +72,7 @@ def pack_for(arch: str, codes: torch.Tensor, scales: torch.Tensor, activations: 
         data = torch.nn.functional.pad(data, (0, -columns % 16)).view(FP8)
     else:
         data = pack_codes(data, WIDTH, 1, is_woven(arch))
-    return PackedWeight(data, scales, rows, columns, activations, run)
+    return PackedWeight(data, scales, rows // 2 if gated else rows, columns, activations, gated, run)
 
 
 def _meets_codes(arch: str, activations: str) -> bool:
@@ -78,8 +81,9 @@ def _meets_codes(arch: str, activations: str) -> bool:
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _codes_kernel(
-    x, weight, x_scales, scales, bias, out, num_rows, num_columns, depth, x_stride, weight_stride,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    x, weight, x_scales, scales, bias, residual, out, num_rows, num_columns, depth, x_stride, weight_stride,
+    residual_stride, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     HAS_DESCRIPTORS: tl.constexpr, IS_EVEN: tl.constexpr,
 ):  # fmt: skip
     row, column = program_tile(num_rows, num_columns, ROWS, COLUMNS)
@@ -88,15 +92,17 @@ def _codes_kernel(
         ROWS, COLUMNS, BLOCK, False, HAS_DESCRIPTORS, IS_EVEN, "ieee",
     )  # fmt: skip
     values = scale_tile(acc.T, x_scales, scales, row, column, num_rows, num_columns, ROWS, COLUMNS)
-    values = activate(add_row(values, bias, column, num_columns, COLUMNS), ACTIVATION)
-    store_tile(values, out, None, 0, row, column, num_rows, num_columns, ROWS, COLUMNS)
+    finish_tile(
+        values, bias, residual, residual_stride, out, row, column, num_rows, num_columns,
+        ACTIVATION, IS_GATED, ROWS, COLUMNS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _decoding_kernel(
-    x, weight, x_scales, scales, bias, out, num_rows, num_columns, depth, x_stride,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, IS_WOVEN: tl.constexpr,
-    FAST: tl.constexpr, IS_EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    x, weight, x_scales, scales, bias, residual, out, num_rows, num_columns, depth, x_stride, residual_stride,
+    ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    IS_WOVEN: tl.constexpr, FAST: tl.constexpr, IS_EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, column = program_tile(num_rows, num_columns, ROWS, COLUMNS)
     steps = tl.cdiv(depth, BLOCK)
@@ -107,8 +113,10 @@ def _decoding_kernel(
         codes = decode(load_codes(runs + step * (_LANES * BLOCK), IS_WOVEN), x.dtype.element_ty, _E4M3, 0, FAST)
         acc = dot(codes, load_columns(x_rows, step * BLOCK, depth, BLOCK, IS_EVEN).T, acc, PRECISION)
     values = scale_tile(acc.T, x_scales, scales, row, column, num_rows, num_columns, ROWS, COLUMNS)
-    values = activate(add_row(values, bias, column, num_columns, COLUMNS), ACTIVATION)
-    store_tile(values, out, None, 0, row, column, num_rows, num_columns, ROWS, COLUMNS)
+    finish_tile(
+        values, bias, residual, residual_stride, out, row, column, num_rows, num_columns,
+        ACTIVATION, IS_GATED, ROWS, COLUMNS,
+    )  # fmt: skip
 
 
 def run(
@@ -118,11 +126,12 @@ def run(
     out_dtype: torch.dtype | None = None,
     x_scales: torch.Tensor | None = None,
     activation: str | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     out_dtype = out_dtype or (torch.float32 if x.dtype == FP8 else x.dtype)
     out = torch.empty(len(x), packed.out_features, dtype=out_dtype, device=x.device)
     if out.numel():
-        launch(triton_gemm.architecture_of(x.device), x, packed, bias, x_scales, activation, out)
+        launch(triton_gemm.architecture_of(x.device), x, packed, bias, x_scales, activation, residual, out)
     return out
 
 
@@ -133,6 +142,7 @@ def launch(
     bias: torch.Tensor | None,
     x_scales: torch.Tensor | None,
     activation: str | None,
+    residual: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     """Writes to out [num_rows, out_features], with the tiles of an architecture, for which the weight was packed."""
@@ -147,19 +157,21 @@ def launch(
         x = x.to(torch.bfloat16)
     if x_scales is not None:
         x_scales = x_scales.contiguous()
-    depth, columns = packed.in_features, packed.out_features
+    depth, columns = packed.in_features, packed.out_features * (2 if packed.gated else 1)
     tiles = triton_gemm.tiles_for(_table(arch, x.dtype, meets_codes), len(x))
     grid = triton_gemm.grid(tiles, len(x), columns)
     choices: dict[str, Any] = {
         "ACTIVATION": ACTIVATIONS[activation],
+        "IS_GATED": packed.gated,
+        "residual_stride": 0 if residual is None else residual.stride(0),
         "ROWS": tiles.rows,
         "COLUMNS": tiles.columns,
         **triton_gemm.options(arch, tiles),
     }
     if not meets_codes:
         _decoding_kernel[grid](
-            x, packed.data, x_scales, packed.scales, bias, out, len(x), columns, depth, x.stride(0), BLOCK=WIDTH,
-            IS_WOVEN=is_woven(arch), FAST=decodes_pairs(arch), IS_EVEN=depth % WIDTH == 0,
+            x, packed.data, x_scales, packed.scales, bias, residual, out, len(x), columns, depth, x.stride(0),
+            BLOCK=WIDTH, IS_WOVEN=is_woven(arch), FAST=decodes_pairs(arch), IS_EVEN=depth % WIDTH == 0,
             PRECISION=triton_gemm.precision(arch), **choices,
         )  # fmt: skip
         return
@@ -167,8 +179,8 @@ def launch(
     weight = packed.data[:, :depth]
     has_descriptors, operands = triton_gemm.operands(arch, tiles, block, x, weight)
     _codes_kernel[grid](
-        *operands, x_scales, packed.scales, bias, out, len(x), columns, depth, x.stride(0), weight.stride(0),
-        BLOCK=block, HAS_DESCRIPTORS=has_descriptors, IS_EVEN=depth % block == 0, **choices,
+        *operands, x_scales, packed.scales, bias, residual, out, len(x), columns, depth, x.stride(0),
+        weight.stride(0), BLOCK=block, HAS_DESCRIPTORS=has_descriptors, IS_EVEN=depth % block == 0, **choices,
     )  # fmt: skip
 
 
@@ -191,9 +203,11 @@ def compile_cases() -> Iterator[CompileCase]:
 
 def _case(name: str, arch: str, rows: int, meets_codes: bool) -> CompileCase:
     tiles = triton_gemm.tiles_for(_table(arch, torch.bfloat16, meets_codes), rows)
-    pointers = {"scales": "*fp32", "out": "*bf16"}
-    constants: dict[str, Any] = dict(triton_gemm.PLAIN_END) | {"ROWS": tiles.rows, "COLUMNS": tiles.columns}
-    integers: tuple[str, ...] = ("num_rows", "num_columns", "depth", "x_stride")
+    pointers = {"scales": "*fp32", "residual": "*bf16", "out": "*bf16"}
+    constants: dict[str, Any] = (
+        dict(triton_gemm.PLAIN_END) | {"IS_GATED": False} | {"ROWS": tiles.rows, "COLUMNS": tiles.columns}
+    )
+    integers: tuple[str, ...] = ("num_rows", "num_columns", "depth", "x_stride", "residual_stride")
     if meets_codes:
         block = triton_gemm.block_for(arch, FP8)
         pointers |= triton_gemm.operand_types(arch, tiles, block, "*fp8e4nv") | {"x_scales": "*fp32"}

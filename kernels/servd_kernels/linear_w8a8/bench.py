@@ -29,7 +29,7 @@ def _case(rows: int, depth: int, columns: int, group: int | None) -> Case:
         x = reference.make_inputs(rows, 1, depth, dtype=torch.bfloat16, seed=index)["x"]
         # torch's call is the product of integers alone: our activations are rounded and scaled besides.
         x_codes, transposed = torch.randint(-127, 128, x.shape, dtype=torch.int8), codes.T
-        return lambda: packed.run(x, packed, None, None, None, None), lambda: torch._int_mm(x_codes, transposed)
+        return lambda: packed.run(x, packed), lambda: torch._int_mm(x_codes, transposed)
 
     name = f"{rows}x{depth}x{columns} group {group or 'row'}"
     moved = columns * (depth + 4) + 2 * rows * (columns + depth)

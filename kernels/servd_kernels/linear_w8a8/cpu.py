@@ -5,10 +5,11 @@ import torch
 
 from servd_kernels import native
 from servd_kernels.code_layout import pack_codes, pack_groups
-from servd_kernels.linear.packed import ACTIVATIONS
-from servd_kernels.linear_w8a8.packed import BoundLinear, PackedWeight
+from servd_kernels.coded_cpu import END, end_of, pointer, unit_columns
+from servd_kernels.coded_linear import BoundLinear
+from servd_kernels.linear_w8a8.packed import PackedWeight
 
-_KERNEL = native.Function("linear_w8a8", "plppppp" + "llll" + "iiii")
+_KERNEL = native.Function("linear_w8a8", "plippp" + "llll" + END)
 _CODES = 4  # kCodes of common/rows.hpp
 
 
@@ -20,12 +21,17 @@ def bind(device: str, dtype: torch.dtype, **axes: object) -> BoundLinear:
     return BoundLinear(pack, run)
 
 
-def pack(codes: torch.Tensor, scales: torch.Tensor, activation_group: int | None = None) -> PackedWeight:
+def pack(
+    codes: torch.Tensor, scales: torch.Tensor, activation_group: int | None = None, gated: bool = False,
+    rotation: int | None = None,
+) -> PackedWeight:  # fmt: skip
     # The processor multiplies unsigned bytes by signed ones: weights are the unsigned, 128 more than they are.
-    data = pack_codes(codes.view(torch.uint8) ^ 128, 8, 128)
+    data = pack_codes(codes.view(torch.uint8) ^ 128, 8, 128, gated)
     rows, columns = codes.shape
-    packed_scales = pack_groups(scales.unsqueeze(1))
-    return PackedWeight(data, packed_scales, rows, columns, activation_group, run, _KERNEL.call)
+    return PackedWeight(
+        data, pack_groups(scales.unsqueeze(1), gated), rows // 2 if gated else rows, columns, activation_group,
+        rotation, gated, run, _KERNEL.call,
+    )  # fmt: skip
 
 
 def run(
@@ -35,21 +41,18 @@ def run(
     out_dtype: torch.dtype | None = None,
     x_scales: torch.Tensor | None = None,
     activation: str | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     assert packed.kernel is not None, "the weight was packed by another backend"
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    x = unit_columns(x)
     if x_scales is not None:
         x_scales = x_scales.contiguous()
     rows, depth = x.shape
-    out = torch.empty(
-        rows, packed.out_features, dtype=out_dtype or (torch.float32 if x_scales is not None else x.dtype)
-    )
+    out_dtype = out_dtype or (torch.float32 if x_scales is not None else x.dtype)
+    out = torch.empty(rows, packed.out_features, dtype=out_dtype)
     packed.kernel(
-        x.data_ptr(), x.stride(0), None if x_scales is None else x_scales.data_ptr(), packed.data.data_ptr(),
-        packed.scales.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), rows,
-        packed.out_features, depth, packed.activation_group or (depth + 63) // 64 * 64,
-        native.DTYPES.get(x.dtype, _CODES), 0 if bias is None else native.DTYPES[bias.dtype],
-        native.DTYPES[out.dtype], ACTIVATIONS[activation],
+        x.data_ptr(), x.stride(0), native.DTYPES.get(x.dtype, _CODES), pointer(x_scales), packed.data.data_ptr(),
+        packed.scales.data_ptr(), rows, depth, packed.activation_group or (depth + 63) // 64 * 64,
+        packed.rotation or 0, *end_of(out, bias, residual, activation, packed.gated),
     )  # fmt: skip
     return out

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
+from servd_kernels.coded_linear import BoundLinear
 from servd_kernels.linear import reference as dense
-from servd_kernels.linear_w8a8.packed import BoundLinear, PackedWeight
-from servd_kernels.weight_quant import quantize_int8
+from servd_kernels.linear_w8a8.packed import PackedWeight
+from servd_kernels.weight_quant import quantize_int8, rotate
 
 
 def supports(device: str, dtype: torch.dtype, **axes: object) -> str | None:
@@ -18,9 +19,13 @@ def bind(device: str, dtype: torch.dtype, **axes: object) -> BoundLinear:
     return BoundLinear(pack, run)
 
 
-def pack(codes: torch.Tensor, scales: torch.Tensor, activation_group: int | None = None) -> PackedWeight:
+def pack(
+    codes: torch.Tensor, scales: torch.Tensor, activation_group: int | None = None, gated: bool = False,
+    rotation: int | None = None,
+) -> PackedWeight:  # fmt: skip
     """Keeps the codes as they are."""
-    return PackedWeight(codes, scales, codes.shape[0], codes.shape[1], activation_group, run)
+    rows, columns = codes.shape
+    return PackedWeight(codes, scales, rows // 2 if gated else rows, columns, activation_group, rotation, gated, run)
 
 
 def run(
@@ -30,22 +35,23 @@ def run(
     out_dtype: torch.dtype | None = None,
     x_scales: torch.Tensor | None = None,
     activation: str | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Integers multiplied as float64, which holds every sum: exact, so that torch's order of summation is no matter."""
     out_dtype = out_dtype or (torch.float32 if x.dtype == torch.int8 else x.dtype)
     width = packed.activation_group
+    if packed.rotation and x_scales is None:
+        x = rotate(x, packed.rotation)
     codes, scales = (x, x_scales) if x_scales is not None else quantize_int8(x, width)
     weight = packed.data.double().T
-    out = torch.zeros(len(x), packed.out_features, device=x.device)
+    out = torch.zeros(len(x), len(packed.data), device=x.device)
     for group, scale in enumerate((scales if width else scales.unsqueeze(1)).unbind(1)):
         columns = slice(group * width, (group + 1) * width) if width else slice(None)
         out += (codes[:, columns].double() @ weight[columns]).float() * scale.unsqueeze(1)
     out *= packed.scales
     if bias is not None:
         out += bias.float()
-    if activation is not None:
-        out = dense.ACTIVATION_FUNCTIONS[activation](out)
-    return out.to(out_dtype)
+    return dense.follow(out, packed.gated, activation, residual).to(out_dtype)
 
 
 def make_inputs(

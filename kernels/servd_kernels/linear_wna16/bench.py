@@ -30,7 +30,7 @@ def _case(rows: int, depth: int, columns: int, bits: int, group: int, symmetric:
             known.append((dense.clone(), dataclasses.replace(packed, data=packed.data.clone())))
         dense, packed = known[index]
         x = reference.make_inputs(rows, 1, depth, dtype=torch.bfloat16, seed=index)["x"]
-        return lambda: packed.run(x, packed, None, None, None), lambda: functional.linear(x, dense)
+        return lambda: packed.run(x, packed), lambda: functional.linear(x, dense)
 
     kind = "" if symmetric else " zeros"
     name = f"{rows}x{depth}x{columns} int{bits}/{group}{kind} x {activations}"

@@ -1,4 +1,4 @@
-"""Owns the types that the backends of linear_wna16 share: a grouped weight, its packed form, what a layer binds.
+"""Owns the types that the backends of linear_wna16 share: a grouped weight, and its packed form.
 Does not know any layout."""
 
 from collections.abc import Callable
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from servd_kernels.coded_linear import FLOATS
 from servd_kernels.weight_quant import group_count, spread
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "int8")
 
 
@@ -68,36 +68,12 @@ class PackedWeight:
     data: torch.Tensor
     scales: torch.Tensor
     offsets: torch.Tensor | None  # zeros or minima, in the backend's layout
-    out_features: int
+    out_features: int  # columns of the output: with a gate, half of the weight's rows
     in_features: int
     bits: int
     group_size: int
     activations: str  # "none": as they come; "int8": rounded to int8 in each group of columns, first
-    run: "Run"
+    gated: bool
+    run: Callable[..., torch.Tensor]
     kernel: Callable[..., int] | None = None  # native code of the instruction set that fits the layout
     form: object = None  # what else the backend must know of its layout
-
-
-# x, packed, bias, out_dtype, activation
-Run = Callable[
-    [torch.Tensor, PackedWeight, torch.Tensor | None, torch.dtype | None, str | None],
-    torch.Tensor,
-]
-
-
-@dataclass(frozen=True, slots=True)
-class BoundLinear:
-    """What a layer holds: pack at load, then call."""
-
-    pack: Callable[[GroupedWeight, str], PackedWeight]
-    run: Run
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        packed: PackedWeight,
-        bias: torch.Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
-        activation: str | None = None,
-    ) -> torch.Tensor:
-        return self.run(x, packed, bias, out_dtype, activation)

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from servd_kernels.coded_linear import BoundLinear
 from servd_kernels.linear import reference as dense
-from servd_kernels.linear_wna16.packed import BoundLinear, GroupedWeight, PackedWeight
+from servd_kernels.linear_wna16.packed import GroupedWeight, PackedWeight
 from servd_kernels.weight_quant import quantize_groups, quantize_int8, spread
 
 MAX_ACTIVATION_GROUP = 256
@@ -20,12 +21,13 @@ def bind(device: str, dtype: torch.dtype, **axes: object) -> BoundLinear:
     return BoundLinear(pack, run)
 
 
-def pack(weight: GroupedWeight, activations: str = "none") -> PackedWeight:
+def pack(weight: GroupedWeight, activations: str = "none", gated: bool = False) -> PackedWeight:
     """Keeps the weight in float32."""
     rows, columns = weight.codes.shape
     return PackedWeight(
-        weight.dequantize(), weight.scales, None, rows, columns, weight.bits, weight.group_size, activations, run
-    )
+        weight.dequantize(), weight.scales, None, rows // 2 if gated else rows, columns, weight.bits,
+        weight.group_size, activations, gated, run,
+    )  # fmt: skip
 
 
 def run(
@@ -34,6 +36,7 @@ def run(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     activation: str | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x by the dequantized weight, in float32."""
     wide = x.float()
@@ -41,8 +44,8 @@ def run(
         width = min(packed.group_size, MAX_ACTIVATION_GROUP)
         codes, scales = quantize_int8(x, width)
         wide = codes * spread(scales, width, x.shape[1])
-    out = dense.run(wide, dense.pack(packed.data), None if bias is None else bias.float(), None, activation)
-    return out.to(out_dtype or x.dtype)
+    out = dense.run(wide, dense.pack(packed.data), None if bias is None else bias.float())
+    return dense.follow(out, packed.gated, activation, residual).to(out_dtype or x.dtype)
 
 
 def make_inputs(

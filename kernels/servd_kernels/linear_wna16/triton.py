@@ -13,17 +13,10 @@ import triton
 import triton.language as tl
 
 from servd_kernels import triton_gemm, triton_gemm_rows
+from servd_kernels.coded_linear import BoundLinear
 from servd_kernels.linear.packed import ACTIVATIONS
-from servd_kernels.linear_wna16.packed import BoundLinear, GroupedWeight, PackedWeight
-from servd_kernels.triton_gemm import (
-    activate,
-    add_row,
-    dot,
-    load_columns,
-    program_tile,
-    row_pointers,
-    store_tile,
-)
+from servd_kernels.linear_wna16.packed import GroupedWeight, PackedWeight
+from servd_kernels.triton_gemm import dot, load_columns, program_tile, row_pointers
 from servd_kernels.triton_gemm_codes import (
     INT4,
     INT8,
@@ -39,6 +32,7 @@ from servd_kernels.triton_gemm_codes import (
     pack_groups,
     unbias,
 )
+from servd_kernels.triton_gemm_end import finish_tile, interleave
 from servd_kernels.triton_support import ARCHITECTURES, INTERPRETED, POINTERS, CompileCase, unsupported
 
 MAX_WIDTH = 64  # bytes of codes in a step, of one row
@@ -62,10 +56,13 @@ class Form:
 
 
 def supports(
-    device: str, dtype: torch.dtype, bits: int = 4, group_size: int = 128, in_features: int = 0, **axes: object
-) -> str | None:
-    if group_size not in (32, 64, 128) and group_size % 256 and group_size < in_features:
-        return f"group_size must be 32, 64, 128, a multiple of 256 or the whole row, not {group_size}"
+    device: str, dtype: torch.dtype, bits: int = 4, group_size: int = 128, in_features: int = 0,
+    activations: str = "none", **axes: object,
+) -> str | None:  # fmt: skip
+    if group_size not in (16, 32, 64, 128) and group_size % 256 and group_size < in_features:
+        return f"group_size must be 16, 32, 64, 128, a multiple of 256 or the whole row, not {group_size}"
+    if activations == "int8" and group_size == 16 < in_features:
+        return "groups of 16 are fewer columns than a GPU's int8 products take: 32"
     return unsupported(device, dtype)
 
 
@@ -77,19 +74,23 @@ def _width(group_size: int, in_features: int) -> int:
     return MAX_WIDTH if group_size >= in_features else min(MAX_WIDTH, group_size)
 
 
-def pack(weight: GroupedWeight, activations: str = "none") -> PackedWeight:
-    return pack_for(triton_gemm.architecture_of(weight.codes.device), weight, activations)
+def pack(weight: GroupedWeight, activations: str = "none", gated: bool = False) -> PackedWeight:
+    return pack_for(triton_gemm.architecture_of(weight.codes.device), weight, activations, gated)
 
 
-def pack_for(arch: str, weight: GroupedWeight, activations: str) -> PackedWeight:
+def pack_for(arch: str, weight: GroupedWeight, activations: str, gated: bool = False) -> PackedWeight:
     """As `pack`, for an architecture."""
+    if gated:
+        zeros, minima = (None if t is None else interleave(t) for t in (weight.zeros, weight.minima))
+        codes, scales = interleave(weight.codes), interleave(weight.scales)
+        weight = GroupedWeight(codes, scales, weight.bits, weight.group_size, zeros, minima)
     rows, columns = weight.codes.shape
     woven = is_woven(arch) and activations == "none"
     codes = pack_codes(weight.codes, _width(weight.group_size, columns), 2 if weight.bits == 4 else 1, woven)
     form = Form(weight.scales.dtype, weight.zeros is None and weight.minima is None, weight.minima is not None)
     return PackedWeight(
-        codes, pack_groups(_words(weight)), None, rows, columns, weight.bits, weight.group_size, activations, run,
-        form=form,
+        codes, pack_groups(_words(weight)), None, rows // 2 if gated else rows, columns, weight.bits,
+        weight.group_size, activations, gated, run, form=form,
     )  # fmt: skip
 
 
@@ -178,10 +179,10 @@ def _sums(tokens, acc, HAS_MINIMA: tl.constexpr, COLUMNS: tl.constexpr, PRECISIO
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _kernel(
-    x, codes, words, bias, out, num_rows, num_columns, depth, x_stride,
+    x, codes, words, bias, residual, out, num_rows, num_columns, depth, x_stride, residual_stride,
     CODE: tl.constexpr, WIDTH: tl.constexpr, GROUP_SIZE: tl.constexpr, SCALE: tl.constexpr, HAS_MINIMA: tl.constexpr,
-    IS_WOVEN: tl.constexpr, FAST: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    IS_EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    IS_WOVEN: tl.constexpr, FAST: tl.constexpr, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, IS_EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A step is WIDTH bytes of each row: of 4-bit codes 2 * WIDTH columns, of one group or of two."""
     STEP: tl.constexpr = 2 * WIDTH if CODE == _INT4 else WIDTH
@@ -211,8 +212,10 @@ def _kernel(
             part = dot(_weight(code, word, DTYPE, SCALE, HAS_MINIMA, CODE, 1, FAST), tokens, part, PRECISION)
             sums = _sums(tokens, sums, HAS_MINIMA, COLUMNS, PRECISION)
         total = _add_group(total, part, sums, word, SCALE, HAS_MINIMA, CODE)
-    values = activate(add_row(total.T, bias, column, num_columns, COLUMNS), ACTIVATION)
-    store_tile(values, out, None, 0, row, column, num_rows, num_columns, ROWS, COLUMNS)
+    finish_tile(
+        total.T, bias, residual, residual_stride, out, row, column, num_rows, num_columns,
+        ACTIVATION, IS_GATED, ROWS, COLUMNS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -236,10 +239,10 @@ def _add_int8(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _int8_kernel(
-    x, codes, x_scales, words, bias, out, num_rows, num_columns, depth, x_stride, x_groups,
+    x, codes, x_scales, words, bias, residual, out, num_rows, num_columns, depth, x_stride, x_groups, residual_stride,
     CODE: tl.constexpr, WIDTH: tl.constexpr, GROUP_SIZE: tl.constexpr, SCALE: tl.constexpr, HAS_MINIMA: tl.constexpr,
-    IS_SYMMETRIC: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    IS_EVEN: tl.constexpr,
+    IS_SYMMETRIC: tl.constexpr, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, IS_EVEN: tl.constexpr,
 ):  # fmt: skip
     """As _kernel, over x in int8 with scales [num_rows, x_groups] of the groups, or of 256 columns of longer ones."""
     STEP: tl.constexpr = 2 * WIDTH if CODE == _INT4 else WIDTH
@@ -270,8 +273,10 @@ def _int8_kernel(
             total = _add_int8(
                 total, decode_int8(code, CODE, 1), tokens, word, x_scale, IS_SYMMETRIC, SCALE, HAS_MINIMA, CODE
             )
-    values = activate(add_row(total.T, bias, column, num_columns, COLUMNS), ACTIVATION)
-    store_tile(values, out, None, 0, row, column, num_rows, num_columns, ROWS, COLUMNS)
+    finish_tile(
+        total.T, bias, residual, residual_stride, out, row, column, num_rows, num_columns,
+        ACTIVATION, IS_GATED, ROWS, COLUMNS,
+    )  # fmt: skip
 
 
 def run(
@@ -280,10 +285,11 @@ def run(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     activation: str | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     out = torch.empty(len(x), packed.out_features, dtype=out_dtype or x.dtype, device=x.device)
     if out.numel():
-        launch(triton_gemm.architecture_of(x.device), x, packed, bias, activation, out)
+        launch(triton_gemm.architecture_of(x.device), x, packed, bias, activation, residual, out)
     return out
 
 
@@ -293,6 +299,7 @@ def launch(
     packed: PackedWeight,
     bias: torch.Tensor | None,
     activation: str | None,
+    residual: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     """Writes to out [num_rows, out_features], with the tiles of an architecture."""
@@ -302,23 +309,26 @@ def launch(
     tiles = triton_gemm.tiles_for(_table(arch, x.dtype, packed.activations, form.has_minima), len(x))
     choices = _choices(packed.bits, packed.group_size, packed.in_features, form) | {
         "ACTIVATION": ACTIVATIONS[activation],
+        "IS_GATED": packed.gated,
+        "residual_stride": 0 if residual is None else residual.stride(0),
         "ROWS": tiles.rows,
         "COLUMNS": tiles.columns,
         **triton_gemm.options(arch, tiles),
     }
-    grid = triton_gemm.grid(tiles, len(x), packed.out_features)
-    sizes = (len(x), packed.out_features, packed.in_features)
+    columns = packed.out_features * (2 if packed.gated else 1)
+    grid = triton_gemm.grid(tiles, len(x), columns)
+    sizes = (len(x), columns, packed.in_features)
     if packed.activations == "int8":
         x_width = min(packed.group_size, MAX_ACTIVATION_GROUP)
         x_group = None if x_width >= packed.in_features else x_width
         x, x_scales = triton_gemm_rows.quantize(x, triton_gemm_rows.INT8, x_group)
         _int8_kernel[grid](
-            x, packed.data, x_scales, packed.scales, bias, out, *sizes, x.stride(0),
+            x, packed.data, x_scales, packed.scales, bias, residual, out, *sizes, x.stride(0),
             x_scales.numel() // len(x), IS_SYMMETRIC=form.is_symmetric, **choices,
         )  # fmt: skip
         return
     _kernel[grid](
-        x, packed.data, packed.scales, bias, out, *sizes, x.stride(0),
+        x, packed.data, packed.scales, bias, residual, out, *sizes, x.stride(0),
         IS_WOVEN=is_woven(arch), FAST=decodes_pairs(arch), PRECISION=triton_gemm.precision(arch), **choices,
     )  # fmt: skip
 
@@ -363,10 +373,16 @@ def _case(name: str, arch: str, rows: int, bits: int, group: int, form: Form, ac
     tiles = triton_gemm.tiles_for(_table(arch, torch.bfloat16, activations, form.has_minima), rows)
     is_int8 = activations == "int8"
     pointer = POINTERS[torch.bfloat16]
-    pointers = {"x": "*i8" if is_int8 else pointer, "codes": "*u8", "words": "*i32", "out": pointer}
+    pointers = {
+        "x": "*i8" if is_int8 else pointer,
+        "codes": "*u8",
+        "words": "*i32",
+        "residual": pointer,
+        "out": pointer,
+    }
     constants = _choices(bits, group, 4096, form) | dict(triton_gemm.PLAIN_END)
-    constants |= {"ROWS": tiles.rows, "COLUMNS": tiles.columns}
-    integers: tuple[str, ...] = ("num_rows", "num_columns", "depth", "x_stride")
+    constants |= {"IS_GATED": False, "ROWS": tiles.rows, "COLUMNS": tiles.columns}
+    integers: tuple[str, ...] = ("num_rows", "num_columns", "depth", "x_stride", "residual_stride")
     if is_int8:
         pointers["x_scales"] = "*fp32"
         integers += ("x_groups",)
