@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from bench.profiling.points import FORWARD, HTTP, IDLE, STEP
 
 NATIVE_PREFIX = "native "
+PYTHON = "Python"
 AGREEMENT = 0.05  # how far the sum may be from the wall clock
 Tree = dict[str, Any]
 
@@ -70,6 +71,16 @@ class Account:
         """Seconds that the ops would take at the machine's limits, and nothing else would take any."""
         return sum(row.floor_seconds or 0.0 for row in self.worker)
 
+    @property
+    def parts(self) -> list[Row]:
+        """The worker's rows by op or part, whatever the shape; largest first."""
+        parts: dict[str, Row] = {}
+        for row in self.worker:
+            is_op = row.floor_seconds is not None
+            name = row.name.split(" ")[0] if is_op else row.name if PYTHON in row.name else row.name.split(":")[0]
+            _row(parts, name).add(row.count if is_op else 0, row.seconds, row.floor_seconds)
+        return sorted(parts.values(), key=lambda row: -row.seconds)
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         derived = {"covered": self.covered, "agrees": self.agrees, "floor": self.floor}
@@ -111,10 +122,10 @@ def _account(node: Tree, rows: dict[str, Row], limits: Limits | None, inside: st
     if node["costs"]:
         native = sum(child["total_ns"] for child in node["children"]) / 1e9 or total
         _row(rows, name).add(node["count"], native, _floor(node, limits))
-        _row(rows, f"{inside}: Python within ops").add(0, total - native)
+        _row(rows, f"{inside}: {PYTHON} within ops").add(0, total - native)
         return
     if name in (STEP, FORWARD):
-        _row(rows, f"{name}: Python and torch between its parts").add(0, own)
+        _row(rows, f"{name}: {PYTHON} and torch between its parts").add(0, own)
     else:
         _row(rows, name).add(node["count"], own)
     for child in node["children"]:

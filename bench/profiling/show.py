@@ -17,27 +17,34 @@ WIDTH, LINE, CHARACTER, SMALLEST_PIXELS = 1200, 17, 6.6, 0.4
 
 
 def table(account: Account) -> str:
-    """The account as two Markdown tables with what they add up to."""
+    """The account as Markdown tables: by part with what they add up to, op by op, and the front."""
     wall, steps = account.wall, max(account.steps, 1)
     rate = account.output_tokens / wall
-    lines = [
-        f"### {account.concurrency} at a time: {rate:,.1f} output tokens/s, {steps:,} steps in {wall:.2f} s, "
-        f"{1e3 * wall / steps:.2f} ms a step\n",
-        "| the worker's thread | a step | ms a step | share | floor ms | of floor |",
-        "|---|--:|--:|--:|--:|--:|",
-        *_shown(account.worker, wall, steps),
-        f"| **sum** | | {1e3 * account.covered / steps:.3f} | **{account.covered / wall:.1%}** of the wall "
-        f"({'agrees' if account.agrees else 'DOES NOT AGREE'} within {AGREEMENT:.0%}) "
-        f"| {1e3 * account.floor / steps:.3f} | {account.floor / wall:.0%} |\n",
-        "| meanwhile the front's loop | a step | ms a step | share |",
-        "|---|--:|--:|--:|",
-        *(line.rsplit("|", 3)[0] + "|" for line in _shown(account.front, wall, steps)),
-        "",
-        "Processor time, of one core's wall: "
-        + ", ".join(f"{name} {seconds / wall:.0%}" for name, seconds in account.processors.items())
-        + f". Recording took about {account.recording / wall:.1%} of the worker's thread.\n",
-    ]
-    return "\n".join(lines)
+    ops = [row for row in account.worker if row.floor_seconds is not None]
+    return "\n".join(
+        [
+            f"### {account.concurrency} at a time: {rate:,.1f} output tokens/s, {steps:,} steps in {wall:.2f} s, "
+            f"{1e3 * wall / steps:.2f} ms a step\n",
+            *_head("the worker's thread"),
+            *_shown(account.parts, wall, steps),
+            f"| **sum** | | {1e3 * account.covered / steps:.3f} | **{account.covered / wall:.1%}** of the wall "
+            f"({'agrees' if account.agrees else 'DOES NOT AGREE'} within {AGREEMENT:.0%}) "
+            f"| {1e3 * account.floor / steps:.3f} | {account.floor / wall:.0%} |\n",
+            *_head("of this, op by op (rows x columns)"),
+            *_shown(ops, wall, steps),
+            "",
+            *_head("meanwhile the front's loop"),
+            *_shown(account.front, wall, steps),
+            "",
+            "Processor time, of one core's wall: "
+            + ", ".join(f"{name} {seconds / wall:.0%}" for name, seconds in account.processors.items())
+            + f". Recording took about {account.recording / wall:.1%} of the worker's thread.\n",
+        ]
+    )
+
+
+def _head(what: str) -> tuple[str, str]:
+    return f"| {what} | a step | ms a step | share | floor ms | of floor |", "|---|--:|--:|--:|--:|--:|"
 
 
 def _shown(rows: list[Row], wall: float, steps: int) -> Iterator[str]:

@@ -129,6 +129,12 @@ def test_every_second_of_the_worker_is_in_one_row() -> None:
     assert steps_of(WORKER) == 1
 
 
+def test_parts_sum_up_shapes() -> None:
+    rows = [Row("linear 1 x 2 → 3", 2, 2.0, 0.5), Row("linear ≤8 x 2 → 3", 1, 3.0, 1.0), Row("wire: send", 1, 0.5)]
+    parts = Account(8, 6.0, 1, 10, [*rows, Row("wire: receive", 1, 0.25)], [], {}, 0.0).parts
+    assert parts == [Row("linear", 3, 5.0, 1.5), Row("wire", 0, 0.75)]
+
+
 def test_the_front_is_its_processor_time_and_its_wait() -> None:
     rows = front_rows(node("", 0, node("plan: fill", 1)), thread_seconds=3.0, wall=7.0)
     assert [(row.name.split(":")[0], row.seconds) for row in rows] == [("http", 2.0), ("plan", 1.0), ("idle", 4.0)]
