@@ -13,7 +13,7 @@ from typing import Any
 from servd.errors import ConfigError
 
 GIB = 1 << 30
-QUANTIZATIONS = ("auto", "none", "stored", "w4a8", "w4a16", "int8")
+QUANTIZATIONS = ("auto", "none", "stored", "w8a8", "w4a8", "w4a16", "int8")
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8", "int4")
 
 

@@ -35,6 +35,7 @@ class GroupedWeights(QuantMethod):
 
     def create_weights(self, out_features: int, in_features: int, gate: str | None = None) -> None:
         self._out_features = out_features
+        self._gate = gate
         self._num_loaded = 0
         self._parts: list[tuple[int, _Part]] = []  # and where each begins
         self._products: list[tuple[slice, _Product]] = []  # and the features that each gives
@@ -65,24 +66,25 @@ class GroupedWeights(QuantMethod):
         begin = 0
         if zero_rows:
             parts[-1] = _padded(parts[-1], zero_rows)
-        for kind, run in groupby(parts, _form):
-            same = list(run)
+        runs = [list(run) for _, run in groupby(parts, _form)]
+        self.applies_gate = self._gate is not None and len(runs) == 1  # else the halves are of different forms
+        for same in runs:
             end = begin + sum(map(_num_rows, same))
-            product = self._dense(same) if kind is None else self._coded(same)
+            product = self._dense(same) if isinstance(same[0], Tensor) else self._coded(same)
             self._products.append((slice(begin, end), product))
             begin = end
 
     def _coded(self, parts: list[_Part]) -> _Product:
         weight = stack([part for part in parts if isinstance(part, GroupedWeight)])
-        packed = linear_wna16.pack(weight, self.activations)
-        run = packed.run
-        return lambda x, bias, out_dtype: run(x, packed, bias, out_dtype, None)
+        packed = linear_wna16.pack(weight, self.activations, gated=self.applies_gate)
+        run, activation = packed.run, self._gate if self.applies_gate else None
+        return lambda x, bias, out_dtype: run(x, packed, bias, out_dtype, activation)
 
     def _dense(self, parts: list[_Part]) -> _Product:
         matrix = torch.cat([part for part in parts if isinstance(part, Tensor)])
-        packed = linear.pack(matrix, deterministic=self.deterministic)
-        run = packed.run
-        return lambda x, bias, out_dtype: run(x, packed, bias, out_dtype)
+        packed = linear.pack(matrix, gated=self.applies_gate, deterministic=self.deterministic)
+        run, activation = packed.run, self._gate if self.applies_gate else None
+        return lambda x, bias, out_dtype: run(x, packed, bias, out_dtype, activation)
 
     def apply(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
         if len(self._products) == 1:

@@ -25,6 +25,7 @@ MODELS = {
     "float32": ("float32", "none", "auto", 46080),
     "bfloat16": ("bfloat16", "none", "auto", 23040),
     "stored": ("bfloat16", "stored", "auto", 23040),
+    "w8a8": ("bfloat16", "w8a8", "auto", 23040),
     "int4": ("bfloat16", "none", "int4", 7200),
 }
 
