@@ -14,6 +14,7 @@ from servd.errors import ConfigError
 
 GIB = 1 << 30
 MAX_DRAFTS = 32  # a step's rows pay for themselves up to here on no machine seen
+QUANTIZATIONS = ("auto", "none", "stored", "w8a8", "w4a8", "w4a16", "int8")
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8", "int4")
 
 
@@ -35,6 +36,13 @@ class ModelConfig:
         "auto",
         "compute dtype; auto: the checkpoint's own, bfloat16 for quantized GGUF",
         choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    quantization: str = flag(
+        "auto",
+        "how weights are held and multiplied: in the compute dtype (none), as a GGUF file has them with int8 "
+        "activations (stored), or converted at load; auto: none, but stored for a quantized GGUF unless --dtype is "
+        "float32",
+        choices=QUANTIZATIONS,
     )
     max_model_len: int | None = flag(None, "longest prompt plus output; default: the model's own", unit="tokens")
     deterministic: bool = flag(

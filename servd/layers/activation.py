@@ -40,9 +40,21 @@ def activation(hidden_act: str, context: LayerContext, intermediate_size: int) -
     return _bound(_PLAIN, hidden_act, context, intermediate_size)
 
 
-def _bound(choices: _Choices, hidden_act: str, context: LayerContext, width: int) -> Callable[[Tensor], Tensor]:
+def epilogue(hidden_act: str) -> str:
+    """The activation by the name that linear kernels have for it. Raises ConfigError naming the known ones."""
+    _check(_GATED, hidden_act)
+    if hidden_act in _GELU_FORMS:
+        return "gelu" if _GELU_FORMS[hidden_act] == "none" else "gelu_tanh"
+    return "silu"
+
+
+def _check(choices: _Choices, hidden_act: str) -> None:
     if hidden_act not in choices:
         raise ConfigError(f"hidden_act is {hidden_act!r}; allowed: {', '.join(choices)}")
+
+
+def _bound(choices: _Choices, hidden_act: str, context: LayerContext, width: int) -> Callable[[Tensor], Tensor]:
+    _check(choices, hidden_act)
     op, options = choices[hidden_act]
     run: Callable[..., Tensor] = op.bind(device=context.device.type, dtype=context.dtype, width=width)
     return partial(run, **options) if options else run

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from servd_kernels.linear_wna16 import GroupedWeight
 from torch import Tensor
 
 from servd.distributed.group import TPGroup
@@ -34,6 +35,7 @@ class WeightSlot:
     shape: tuple[int, ...]  # of the whole tensor, before sharding
     load: Callable[[Tensor], None]  # takes this rank's part, in any floating dtype
     required: bool = True
+    load_codes: Callable[[GroupedWeight], None] | None = None  # takes its codes and scales, where the file has those
 
 
 class Layer:

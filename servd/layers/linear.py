@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from servd.errors import ConfigError
+from servd.layers.activation import epilogue, gated_activation
 from servd.layers.base import Layer, LayerContext, WeightSlot, check_divides
 from servd.quant.base import Shard
 
@@ -35,14 +36,23 @@ class ReplicatedLinear(Layer):
         self._build(context, [_Part(name, out_features, slice(0, out_features))], in_features, _ALL, bias)
 
     def _build(
-        self, context: LayerContext, parts: Sequence[_Part], in_features: int, kept_inputs: slice, bias: bool
+        self,
+        context: LayerContext,
+        parts: Sequence[_Part],
+        in_features: int,
+        kept_inputs: slice,
+        bias: bool,
+        gate: str | None = None,
     ) -> None:
         self._parts = parts
         self._in_features = in_features
         self._kept_inputs = kept_inputs
         self.out_features = sum(part.kept.stop - part.kept.start for part in parts)  # of this rank, fused
         self._quant = context.quant_method(context.dtype, context.device, context.deterministic)
-        self._quant.create_weights(self.out_features, len(range(in_features)[kept_inputs]))
+        try:
+            self._quant.create_weights(self.out_features, len(range(in_features)[kept_inputs]), gate)
+        except ConfigError as error:
+            raise ConfigError(f"{', '.join(part.name for part in parts)}: {error.message}") from None
         self._bias = torch.empty(self.out_features, dtype=context.dtype, device=context.device) if bias else None
 
     def weight_slots(self) -> dict[str, WeightSlot]:
@@ -51,7 +61,9 @@ class ReplicatedLinear(Layer):
         for part in self._parts:
             shard = Shard(part.kept, self._kept_inputs, offset)
             for name, shape in self._quant.checkpoint_shapes(part.out_features, self._in_features).items():
-                slots[f"{part.name}.{name}"] = WeightSlot(shape, partial(self._quant.load_shard, name, shard=shard))
+                load = partial(self._quant.load_shard, name, shard=shard)
+                load_codes = partial(self._quant.load_codes, shard=shard) if self._quant.takes_codes else None
+                slots[f"{part.name}.{name}"] = WeightSlot(shape, load, load_codes=load_codes)
             if self._bias is not None:
                 slots[f"{part.name}.bias"] = WeightSlot((part.out_features,), partial(self._load_bias, shard=shard))
             offset += part.kept.stop - part.kept.start
@@ -74,12 +86,19 @@ class MergedColumnParallelLinear(ReplicatedLinear):
     """Several matrices over the same input, each split by output features, fused into one on each rank."""
 
     def __init__(
-        self, context: LayerContext, names: Sequence[str], in_features: int, out_features: Sequence[int], *, bias: bool
+        self,
+        context: LayerContext,
+        names: Sequence[str],
+        in_features: int,
+        out_features: Sequence[int],
+        *,
+        bias: bool,
+        gate: str | None = None,
     ) -> None:
         for name, total in zip(names, out_features, strict=True):
             check_divides(f"output features of {name}", total, context.group)
         parts = [_Part(n, total, context.group.shard(total)) for n, total in zip(names, out_features, strict=True)]
-        self._build(context, parts, in_features, _ALL, bias)
+        self._build(context, parts, in_features, _ALL, bias, gate)
 
 
 class ColumnParallelLinear(MergedColumnParallelLinear):
@@ -87,6 +106,30 @@ class ColumnParallelLinear(MergedColumnParallelLinear):
 
     def __init__(self, context: LayerContext, name: str, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__(context, [name], in_features, [out_features], bias=bias)
+
+
+class GatedLinear(MergedColumnParallelLinear):
+    """activation(x @ gate.T) * (x @ up.T), both split by output features (Shazeer 2020, GLU Variants)."""
+
+    def __init__(
+        self,
+        context: LayerContext,
+        names: Sequence[str],
+        in_features: int,
+        out_features: int,
+        *,
+        hidden_act: str,
+        bias: bool,
+    ) -> None:
+        """`names`: of gate and up. Raises ConfigError for an activation that is not known."""
+        gate = epilogue(hidden_act)
+        super().__init__(context, names, in_features, [out_features, out_features], bias=bias, gate=gate)
+        self._activation = gated_activation(hidden_act, context, self.out_features // 2)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [num_tokens, in_features] → [num_tokens, out_features of this rank]."""
+        output = self._quant.apply(x, self._bias)
+        return output if self._quant.applies_gate else self._activation(output)
 
 
 class QKVParallelLinear(ReplicatedLinear):

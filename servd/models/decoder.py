@@ -19,10 +19,9 @@ from servd.attention.kv_dtype import KVCacheDtype
 from servd.attention.layer import Attention, reads_key_words
 from servd.attention.metadata import AttentionMetadata
 from servd.errors import ConfigError
-from servd.layers.activation import gated_activation
 from servd.layers.base import Layer, LayerContext
 from servd.layers.embedding import LMHead, VocabEmbedding
-from servd.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from servd.layers.linear import GatedLinear, QKVParallelLinear, RowParallelLinear
 from servd.layers.norm import RMSNorm
 from servd.layers.rotary import RopeConfig, RotaryEmbedding
 from servd.models.base import Model
@@ -156,21 +155,21 @@ class _SelfAttention:
 class _FeedForward:
     def __init__(self, config: DecoderConfig, context: LayerContext, prefix: str) -> None:
         hidden_size, intermediate_size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self._gate_up_proj = MergedColumnParallelLinear(
+        self._gate_up_proj = GatedLinear(
             context,
             [f"{prefix}.gate_proj", f"{prefix}.up_proj"],
             hidden_size,
-            [intermediate_size, intermediate_size],
+            intermediate_size,
+            hidden_act=config.hidden_act,
             bias=bias,
         )
-        self._activation = gated_activation(config.hidden_act, context, self._gate_up_proj.out_features // 2)
         self._down_proj = RowParallelLinear(context, f"{prefix}.down_proj", intermediate_size, hidden_size, bias=bias)
 
     def layers(self) -> Iterator[Layer]:
         yield from (self._gate_up_proj, self._down_proj)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self._down_proj(self._activation(self._gate_up_proj(hidden)))
+        return self._down_proj(self._gate_up_proj(hidden))
 
 
 class _DecoderLayer:

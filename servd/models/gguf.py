@@ -5,18 +5,20 @@ Knows llama.cpp's tensor names and its reordering of q and k; nothing of layers.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
 import torch
+from servd_kernels.linear_wna16 import GroupedWeight
 from torch import Tensor
 
 from servd.errors import ConfigError
-from servd.models.ggml_types import GGML_TYPES, dequantize
+from servd.models.ggml_types import GGML_TYPES, dequantize, read_codes
 from servd.models.weight_files import WeightFiles
 
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -58,7 +60,7 @@ def huggingface_name(ggml_name: str) -> str:
 
 
 class GGUFFile(WeightFiles):
-    """One .gguf file. Quantized types are turned into floats as they are read."""
+    """One .gguf file. Quantized types become floats as they are read, or codes where the reader takes those."""
 
     def __init__(self, path: Path, tensor_index: Path, *, permuted_heads: Mapping[str, int]) -> None:
         """`permuted_heads`: last parts of projection names whose rows were reordered → their number of heads.
@@ -83,17 +85,29 @@ class GGUFFile(WeightFiles):
         (only,) = types if len(types) == 1 else (None,)
         return only or torch.bfloat16
 
-    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    @property
+    def is_quantized(self) -> bool:
+        return any(e.ggml_type in GGML_TYPES and GGML_TYPES[e.ggml_type].coding is not None for e in self._entries)
+
+    def tensors(self, dtype: torch.dtype, coded: Container[str] = ()) -> Iterator[tuple[str, Tensor | GroupedWeight]]:
         for entry in self._entries:
-            raw = torch.from_numpy(self._data[entry.offset : entry.offset + entry.nbytes])
             try:
-                tensor = dequantize(raw, entry.ggml_type, entry.shape, dtype)
+                tensor = self._read(entry, dtype, entry.name in coded)
             except ConfigError as error:
                 raise ConfigError(f"tensor {entry.ggml_name} of {self._path}: {error.message}") from None
-            yield entry.name, self._restore_order(entry.name, tensor)
+            yield entry.name, tensor
+
+    def _read(self, entry: _Entry, dtype: torch.dtype, is_coded: bool) -> Tensor | GroupedWeight:
+        raw = torch.from_numpy(self._data[entry.offset : entry.offset + entry.nbytes])
+        weight = read_codes(raw, entry.ggml_type, entry.shape) if is_coded else None
+        if weight is None:
+            return self._restore_order(entry.name, dequantize(raw, entry.ggml_type, entry.shape, dtype))
+        codes, scales = self._restore_order(entry.name, weight.codes), self._restore_order(entry.name, weight.scales)
+        minima = None if weight.minima is None else self._restore_order(entry.name, weight.minima)
+        return dataclasses.replace(weight, codes=codes, scales=scales, minima=minima)
 
     def _restore_order(self, name: str, tensor: Tensor) -> Tensor:
-        """Undo llama.cpp's reordering: it interleaves the two halves of each head's rows."""
+        """Undo llama.cpp's reordering of rows: it interleaves the two halves of each head's."""
         heads = self._permuted_heads.get(name.split(".")[-2])
         if heads is None or tensor.shape[0] % (2 * heads):  # a wrong shape is reported where it is loaded
             return tensor

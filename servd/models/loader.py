@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from servd_kernels.linear_wna16 import GroupedWeight
+from torch import Tensor
 
 from servd.distributed.group import TPGroup
 from servd.errors import ConfigError
@@ -28,6 +30,8 @@ Progress = Callable[[str, int, int], None]  # what is being done, steps done, st
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAMES_SHOWN = 5
+# What a quantized checkpoint is served as: its fastest form within 1 % of float32's perplexity (README.md, Weights).
+AUTO_QUANTIZATION = "stored"
 # Old checkpoints hold this derived table; it is computed anew.
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 
@@ -37,6 +41,7 @@ def load_model(
     *,
     dtype: str,
     device: str,
+    quantization: str = "auto",
     group: TPGroup | None = None,
     deterministic: bool = True,
     progress: Progress | None = None,
@@ -44,6 +49,8 @@ def load_model(
     """Build the model that config.json names, and load this rank's part of its weights.
 
     `dtype`: float32, bfloat16, float16, or auto (the checkpoint's own; bfloat16 for quantized GGUF).
+    `quantization`: how weights are held and multiplied, a member of QUANT_METHODS, or auto: none, the compute dtype,
+    but AUTO_QUANTIZATION where the checkpoint is quantized and the compute dtype is not float32.
     `deterministic`: a request's bits do not depend on the batch; otherwise a library's routines may serve.
     `progress("loading weights", tensors done, tensors in all)` is called after every tensor.
     Raises ConfigError naming the field, file or tensor that is wrong.
@@ -51,11 +58,12 @@ def load_model(
     config = files.config()
     model_class = MODELS.get(_architecture(config))
     weight_files = _open_weights(files, config, model_class)
+    compute_dtype = _resolve_dtype(dtype, config, weight_files)
     context = LayerContext(
-        dtype=_resolve_dtype(dtype, config, weight_files),
+        dtype=compute_dtype,
         device=torch.device(device),
         group=group or TPGroup.single(),
-        quant_method=_quant_method(config),
+        quant_method=_quant_method(quantization, config, weight_files, compute_dtype),
         deterministic=deterministic,
     )
     model = model_class(config, context)
@@ -104,26 +112,42 @@ def _resolve_dtype(dtype: str, config: Mapping[str, Any], weight_files: WeightFi
     return _DTYPES[dtype]
 
 
-def _quant_method(config: Mapping[str, Any]) -> type[QuantMethod]:
+def _quant_method(
+    asked: str, config: Mapping[str, Any], weight_files: WeightFiles, dtype: torch.dtype
+) -> type[QuantMethod]:
     quantization = config.get("quantization_config")
-    name = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    return QUANT_METHODS.get("none" if quantization is None else str(name))
+    if quantization is not None:  # a format of the hub, which nothing else can read
+        name = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        return QUANT_METHODS.get(str(name))
+    if asked == "auto":
+        asked = AUTO_QUANTIZATION if weight_files.is_quantized and dtype != torch.float32 else "none"
+    return QUANT_METHODS.get(asked)
 
 
 def _load_weights(model: Model, weight_files: WeightFiles, progress: Progress | None) -> None:
     slots = model.weight_slots()
     names = weight_files.names()
     _check_names(names, slots)
-    for done, (name, tensor) in enumerate(weight_files.tensors(model.dtype), start=1):
+    coded = {name for name, slot in slots.items() if slot.load_codes is not None}
+    for done, (name, tensor) in enumerate(weight_files.tensors(model.dtype, coded), start=1):
         if not name.endswith(_IGNORED_SUFFIX):
-            slot = slots[name]
-            if tuple(tensor.shape) != slot.shape:
-                raise ConfigError(
-                    f"tensor {name} has shape {list(tensor.shape)}; config.json asks for {list(slot.shape)}"
-                )
-            slot.load(tensor)
+            _load(name, tensor, slots[name])
         if progress is not None:
             progress("loading weights", done, len(names))
+
+
+def _load(name: str, tensor: Tensor | GroupedWeight, slot: WeightSlot) -> None:
+    shape = tensor.shape if isinstance(tensor, Tensor) else tensor.codes.shape
+    if tuple(shape) != slot.shape:
+        raise ConfigError(f"tensor {name} has shape {list(shape)}; config.json asks for {list(slot.shape)}")
+    try:
+        if isinstance(tensor, Tensor):
+            slot.load(tensor)
+        else:
+            assert slot.load_codes is not None, f"{name}: codes come only where they are asked for"
+            slot.load_codes(tensor)
+    except ConfigError as error:
+        raise ConfigError(f"tensor {name}: {error.message}") from None
 
 
 def _check_names(names: list[str], slots: Mapping[str, WeightSlot]) -> None:

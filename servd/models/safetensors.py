@@ -5,7 +5,7 @@ Knows nothing of models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,11 @@ class SafetensorsFiles(WeightFiles):
                 return _dtype_of(shard, name)
         return torch.float32
 
-    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    @property
+    def is_quantized(self) -> bool:
+        return False
+
+    def tensors(self, dtype: torch.dtype, coded: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
         for path, shard in self._shards:
             for name in shard.keys():
                 _dtype_of(shard, name)

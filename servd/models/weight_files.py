@@ -6,9 +6,10 @@ Knows nothing of models, or of what the tensors are for.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch
+from servd_kernels.linear_wna16 import GroupedWeight
 from torch import Tensor
 
 
@@ -23,9 +24,15 @@ class WeightFiles(ABC):
     def stored_dtype(self) -> torch.dtype:
         """The compute dtype that suits what is stored."""
 
+    @property
     @abstractmethod
-    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def is_quantized(self) -> bool:
+        """Whether any matrix is held as codes and scales; read from headers alone."""
+
+    @abstractmethod
+    def tensors(self, dtype: torch.dtype, coded: Container[str] = ()) -> Iterator[tuple[str, Tensor | GroupedWeight]]:
         """Name and tensor, on the CPU, in `dtype` or any other floating type; valid until the next one is asked for.
 
+        A matrix named in `coded` comes as codes and scales, exactly as the file has them, if it has them.
         Raises ConfigError naming the tensor for a type that is not supported.
         """

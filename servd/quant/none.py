@@ -18,14 +18,18 @@ from servd.quant.base import QUANT_METHODS, QuantMethod, Shard
 class DenseWeights(QuantMethod):
     """One tensor `weight` a part; any floating dtype on disk is cast to the compute dtype."""
 
+    keeps_rows = True
+
     def __init__(self, dtype: torch.dtype, device: torch.device, deterministic: bool) -> None:
         super().__init__(dtype, device, deterministic)
         bound = linear.OP.bind(device=device.type, dtype=dtype, deterministic=deterministic)
         self._linear = cast(linear.BoundLinear, bound)
         self._weight: Tensor | None = None  # [out_features, in_features] until it is packed
 
-    def create_weights(self, out_features: int, in_features: int) -> None:
-        self._weight = torch.empty(out_features, in_features, dtype=self.dtype, device=self.device)
+    def create_weights(self, out_features: int, in_features: int, gate: str | None = None) -> None:
+        self._weight = torch.zeros(out_features, in_features, dtype=self.dtype, device=self.device)
+        self._gate = gate
+        self.applies_gate = gate is not None
 
     def checkpoint_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         return {"weight": (out_features, in_features)}
@@ -37,8 +41,9 @@ class DenseWeights(QuantMethod):
 
     def finish_loading(self) -> None:
         assert self._weight is not None, "finish_loading called twice"
-        self._packed = self._linear.pack(self._weight)
+        self._packed = self._linear.pack(self._weight, self.applies_gate)
         self._weight = None  # the packed form may be a copy: never hold both
+        self.rows = self._packed.rows
 
-    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self._linear(x, self._packed, bias)
+    def apply(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
+        return self._linear.run(x, self._packed, bias, out_dtype, self._gate)

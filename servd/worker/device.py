@@ -29,6 +29,7 @@ def load_on_device(config: EngineConfig, files: ModelFiles, progress: Progress |
         files,
         dtype=config.model.dtype,
         device=str(device),
+        quantization=config.model.quantization,
         deterministic=config.model.deterministic,
         progress=progress,
     )

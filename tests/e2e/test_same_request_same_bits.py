@@ -20,15 +20,20 @@ def bits(generations) -> list[list[tuple]]:
 CHOSEN = [0, 4, 7, 9, 15]  # English, code, Chinese, emoji, long
 
 
-# Compute dtype, KV storage, and the bytes of a token's keys and values.
-MODELS = {"float32": ("float32", "auto", 46080), "bfloat16": ("bfloat16", "auto", 23040)}
-MODELS["int4"] = ("bfloat16", "int4", 7200)
+# Compute dtype, weight format, KV storage, and the bytes of a token's keys and values.
+MODELS = {
+    "float32": ("float32", "none", "auto", 46080),
+    "bfloat16": ("bfloat16", "none", "auto", 23040),
+    "stored": ("bfloat16", "stored", "auto", 23040),
+    "w8a8": ("bfloat16", "w8a8", "auto", 23040),
+    "int4": ("bfloat16", "none", "int4", 7200),
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request):
-    dtype, kv_cache_dtype, _ = MODELS[request.param]
-    return {"dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
+    dtype, quantization, kv_cache_dtype, _ = MODELS[request.param]
+    return {"dtype": dtype, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +67,7 @@ def test_with_prefix_cache_hits(model, alone):
 
 def test_after_a_forced_preemption(model, alone):
     # Room for the long prompt and little else: growing answers must take blocks from each other.
-    (token_bytes,) = {size for dtype, kv, size in MODELS.values() if [dtype, kv] == list(model.values())}
+    (token_bytes,) = {size for *settings, size in MODELS.values() if settings == list(model.values())}
     settings = {**SETTINGS, "kv_cache_memory": 2048 * token_bytes + (1 << 20)}
     with LLM(**model, **settings) as llm:
         work = [(PROMPTS[i], sampled(i)) for i in (15, 0, 4, 7, 9)]

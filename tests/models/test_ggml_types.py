@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from servd.errors import ConfigError
-from servd.models.ggml_types import GGML_TYPES, dequantize
+from servd.models.ggml_types import GGML_TYPES, dequantize, read_codes
 
-QUANTIZED = [name for name, kind in GGML_TYPES.items() if kind.dtype is None]
+QUANTIZED = [name for name, kind in GGML_TYPES.items() if kind.coding is not None]
 
 
 def random_blocks(name: str, count: int) -> torch.Tensor:
@@ -55,6 +55,24 @@ def test_half_precision_is_the_float32_result_rounded_once(name: str) -> None:
     raw, shape = random_blocks(name, 64), (64, GGML_TYPES[name].block_elements)
     exact = dequantize(raw, name, shape, torch.float32)
     assert torch.equal(dequantize(raw, name, shape, torch.bfloat16).nan_to_num(), exact.bfloat16().nan_to_num())
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_codes_and_scales_stand_for_the_same_floats(name: str) -> None:
+    count = 1024 + 5
+    raw, shape = random_blocks(name, 3 * count), (count, 3 * GGML_TYPES[name].block_elements)
+    weight = read_codes(raw, name, shape)
+    assert weight is not None
+    expected, ours = dequantize(raw, name, shape, torch.float32), weight.dequantize()
+    assert torch.equal(ours.isnan(), expected.isnan())
+    assert torch.equal(ours.nan_to_num(), expected.nan_to_num())
+
+
+def test_what_is_no_coded_matrix_has_no_codes() -> None:
+    assert read_codes(torch.zeros(4 * 34, dtype=torch.uint8), "Q8_0", (4, 32)) is not None
+    assert read_codes(torch.zeros(4 * 34, dtype=torch.uint8), "Q8_0", (128,)) is None
+    assert read_codes(torch.zeros(4 * 34, dtype=torch.uint8), "Q8_0", (8, 16)) is None  # blocks would span rows
+    assert read_codes(torch.zeros(16, dtype=torch.uint8), "F32", (2, 2)) is None
 
 
 def test_unsupported_type_names_the_supported_ones() -> None:

@@ -20,7 +20,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from servd.errors import ConfigError
 from servd.hub.files import ModelFiles
 from servd.models.gguf import huggingface_name
-from servd.models.loader import load_model
+from servd.models.loader import AUTO_QUANTIZATION, load_model
 from tests.models.model_helpers import (
     DIMENSIONS,
     assert_close,
@@ -70,9 +70,10 @@ def write_gguf(
     quantization: str = "F32",
     architecture: str = "llama",
     extra: dict[str, Tensor] | None = None,
+    others: dict[str, str] | None = None,
 ) -> None:
-    """As llama.cpp's converter: vectors in F32, matrices in `quantization`."""
-    config, kind = model.config, gguf.GGMLQuantizationType[quantization]
+    """As llama.cpp's converter: vectors in F32, matrices in `quantization` or, by the module's name, in `others`."""
+    config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -91,7 +92,8 @@ def write_gguf(
         if architecture == "llama" and module in heads:
             tensor = permute(tensor, heads[module])
         values = tensor.contiguous().float().numpy()
-        if values.ndim == 1 or quantization == "F32":
+        kind = gguf.GGMLQuantizationType[(others or {}).get(module, quantization)]
+        if values.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
             writer.add_tensor(ggml_name(name), values)
         else:
             writer.add_tensor(ggml_name(name), gguf.quants.quantize(values, kind), raw_dtype=kind)
@@ -144,6 +146,49 @@ def test_every_type_gives_the_logits_that_transformers_has_of_the_same_file(quan
     theirs.load_state_dict(parsed["tensors"], strict=True)
     ours = load_model(files, dtype="float32", device="cpu")
     assert_close(run_mixed(ours, prompts()), reference_logits(theirs, prompts()))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "others"),
+    [
+        ("Q8_0", {}),
+        ("Q4_0", {}),
+        ("Q4_1", {"embed_tokens": "Q8_0", "lm_head": "Q8_0"}),
+        ("Q4_0", {"v_proj": "Q8_0", "up_proj": "Q4_1", "lm_head": "F16"}),
+        ("Q4_1", {"k_proj": "F32", "down_proj": "F16", "gate_proj": "BF16"}),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_stored_codes_give_the_logits_of_the_same_file_dequantized(
+    quantization: str, others: dict[str, str], tied: bool, tmp_path: Path
+) -> None:
+    """Also where the parts of a fused layer are of different types; activations of 8 bits lose a little."""
+    files = gguf_of(build("Llama", tie_word_embeddings=tied), tmp_path, quantization=quantization, others=others)
+    exact = run_mixed(load_model(files, dtype="float32", device="cpu", quantization="none"), prompts())
+    stored = run_mixed(load_model(files, dtype="float32", device="cpu", quantization="stored"), prompts())
+    for name, expected in exact.items():
+        error = (stored[name] - expected).std() / expected.std()
+        assert 0 < error < 0.05
+
+
+def test_auto_takes_codes_where_the_file_has_them_unless_all_is_to_be_exact(tmp_path: Path) -> None:
+    files = gguf_of(build("Llama"), tmp_path, quantization="Q4_1")
+
+    def logits(dtype: str, quantization: str) -> Tensor:
+        return run_mixed(load_model(files, dtype=dtype, device="cpu", quantization=quantization), prompts())["a"]
+
+    assert torch.equal(logits("auto", "auto"), logits("bfloat16", AUTO_QUANTIZATION))
+    assert not torch.equal(logits("bfloat16", "auto"), logits("bfloat16", "none"))
+    assert torch.equal(logits("float32", "auto"), logits("float32", "none"))
+
+
+def test_a_file_of_plain_floats_is_no_quantized_one(tmp_path: Path) -> None:
+    files = gguf_of(build("Llama"), tmp_path, quantization="BF16")
+    auto, plain = (
+        run_mixed(load_model(files, dtype="bfloat16", device="cpu", quantization=name), prompts())["a"]
+        for name in ("auto", "none")
+    )
+    assert torch.equal(auto, plain)
 
 
 @pytest.mark.parametrize(

@@ -131,8 +131,8 @@ def test_embedding_gives_zeros_for_rows_of_other_ranks(rank: int) -> None:
 def test_tied_head_uses_the_embedding_and_asks_for_nothing() -> None:
     weight = numbered(5)
     embedding = VocabEmbedding(context(), "embed", 5, HIDDEN)
-    filled(embedding, {"embed.weight": weight})
     head = LMHead(context(), "head", 5, HIDDEN, tied_to=embedding)
+    filled(embedding, {"embed.weight": weight})
     assert not any(slot.required for slot in head.weight_slots().values())
     head.finish_loading()
     assert torch.equal(head(torch.eye(HIDDEN)), weight.T)

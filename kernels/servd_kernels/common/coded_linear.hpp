@@ -107,36 +107,45 @@ void multiply_coded_panel(const CodedCall& call, const X* x, int64_t x_stride, i
                 totals + row * kCodePanel);
         });
     }
+    if (!call.row_scales) return;
+    for (int64_t i = 0; i < rows * kCodePanel; i += W)
+        store(totals + i, load(totals + i) * call.row_scales[first_row + i / kCodePanel]);
 }
 
-template <class Code, class X>
-void coded_unit(const CodedCall& call, const X* x, int64_t x_stride, int64_t panel, int64_t first_row) {
+// A unit of work: multiply(weight panel, first row, rows, totals, done) computes totals [rows][kCodePanel], of the
+// gate first where there is one, and calls done(row, height) for rows that are whole.
+template <class Multiply>
+SERVD_INLINE void panel_unit(const LinearEnd& end, int64_t m, int64_t panel, int64_t first_row, Multiply multiply) {
     alignas(64) float totals[kUnitRows * kCodePanel], gates[kUnitRows * kCodePanel];
-    int64_t rows = lesser(kUnitRows, call.m - first_row), parts = call.end.is_gated ? 2 : 1;
-    if (call.end.is_gated) multiply_coded_panel<Code>(call, x, x_stride, panel * parts, first_row, rows, gates);
-    multiply_coded_panel<Code>(call, x, x_stride, panel * parts + parts - 1, first_row, rows, totals);
-    auto scaled = [&](const float* sums, int64_t row, int v) SERVD_MEMBER {
-        vf sum = load(sums + row * kCodePanel + v * W);
-        return call.row_scales ? sum * call.row_scales[first_row + row] : sum;
-    };
-    finish_rows<kTileVectors>(
-        call.end, first_row, rows, panel * kCodePanel, [&](int64_t row, int v) { return scaled(totals, row, v); },
-        [&](int64_t row, int v) { return scaled(gates, row, v); });
+    int64_t rows = lesser(kUnitRows, m - first_row), column = panel * kCodePanel;
+    if (end.is_gated) multiply(panel * 2, first_row, rows, gates, [](int64_t, int64_t) {});
+    prepare_rows(end, first_row, lesser(int64_t(kTileRows), rows), column, kCodePanel);
+    multiply(end.is_gated ? panel * 2 + 1 : panel, first_row, rows, totals, [&](int64_t row, int64_t height) {
+        finish_rows<kTileVectors>(end, first_row + row, height, column, totals + row * kCodePanel,
+                                  end.is_gated ? gates + row * kCodePanel : nullptr);
+        int64_t next = row + height;
+        prepare_rows(end, first_row + next, lesser(int64_t(kTileRows), rows - next), column, kCodePanel);
+    });
 }
 
 // f(panel, first row) for every unit of work of an [m, n] result.
 template <class F>
-SERVD_INLINE void for_units(int64_t m, int64_t n, int64_t k, F f) {
+SERVD_INLINE void for_units(int64_t m, const LinearEnd& end, int64_t k, F f) {
     int64_t blocks = quotient_up(m, kUnitRows);
-    parallel(quotient_up(n, kCodePanel) * blocks, m * n * k / 8,
+    prefer_huge_pages(end.out, m * end.n * (end.out_dtype == kFloat32 ? 4 : 2));
+    parallel(quotient_up(end.n, kCodePanel) * blocks, m * end.n * k / 8,
              [f, blocks](int64_t unit) { f(unit / blocks, unit % blocks * kUnitRows); });
 }
 
 // x [m, stride], padded with zeros to whole words of codes.
 template <class Code, class X>
 void coded_linear(const CodedCall& call, const X* x, int64_t x_stride) {
-    for_units(call.m, call.end.n, call.k, [&call, x, x_stride](int64_t panel, int64_t first_row) {
-        coded_unit<Code, X>(call, x, x_stride, panel, first_row);
+    for_units(call.m, call.end, call.k, [&call, x, x_stride](int64_t panel, int64_t first_row) {
+        panel_unit(call.end, call.m, panel, first_row,
+                   [&](int64_t weight_panel, int64_t first, int64_t rows, float* totals, auto done) {
+                       multiply_coded_panel<Code>(call, x, x_stride, weight_panel, first, rows, totals);
+                       done(0, rows);
+                   });
     });
 }
 

@@ -29,31 +29,41 @@ SERVD_INLINE vf follow(const LinearEnd& end, int64_t row, int64_t column, int64_
     return value;
 }
 
-// Rows first_row.. and W * VECTORS columns, those that out has: value(row, v) and gate(row, v) are the products,
-// `row` counted from first_row.
-template <int VECTORS, class Value, class Gate>
-SERVD_INLINE void finish_rows(const LinearEnd& end, int64_t first_row, int64_t rows, int64_t column, Value value,
-                              Gate gate) {
-    bool only_rounds = end.only_rounds();
+// `rows` rows of a panel from first_row on, W * VECTORS columns wide or what out has of them. products and gates
+// [rows][W * VECTORS]; gates may be null where there is no gate.
+template <int VECTORS>
+SERVD_INLINE void finish_rows(const LinearEnd& end, int64_t first_row, int64_t rows, int64_t column,
+                              const float* products, const float* gates) {
+    constexpr int64_t kWidth = W * VECTORS;
+    bool only_rounds = end.only_rounds(), is_whole = column + kWidth <= end.n;
     with_dtype(end.out_dtype, [&](auto tag) SERVD_MEMBER {
         using O = typename decltype(tag)::type;
         for (int64_t row = 0; row < rows; ++row) {
             O* out = static_cast<O*>(end.out) + (first_row + row) * end.n + column;
+            if (only_rounds && is_whole) {
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v) {
-                int64_t n = lesser(int64_t(W), end.n - column - v * W);
-                if (n <= 0) break;
-                vf total = value(row, v);
-                if (!only_rounds) {
-                    vf other = end.is_gated ? gate(row, v) : vf{};
-                    total = follow(end, first_row + row, column + v * W, n, total, other);
-                }
-                if (n == W) store(out + v * W, total);
-                else store_n(out + v * W, total, n);
+                for (int v = 0; v < VECTORS; ++v) store(out + v * W, load(products + row * kWidth + v * W));
+                continue;
+            }
+            for (int64_t at = 0; at < lesser(kWidth, end.n - column); at += W) {
+                int64_t n = lesser(int64_t(W), end.n - column - at);
+                vf gate = gates ? load(gates + row * kWidth + at) : vf{};
+                vf value = load(products + row * kWidth + at);
+                value = follow(end, first_row + row, column + at, n, value, gate);
+                if (n == W) store(out + at, value);
+                else store_n(out + at, value, n);
             }
         }
         return 0;
     });
+}
+
+// The lines of `rows` rows of out from first_row on, fetched for writing while the product is computed.
+SERVD_INLINE void prepare_rows(const LinearEnd& end, int64_t first_row, int64_t rows, int64_t column, int64_t width) {
+    int64_t size = end.out_dtype == kFloat32 ? 4 : 2, bytes = lesser(width, end.n - column) * size;
+    const char* out = static_cast<const char*>(end.out) + (first_row * end.n + column) * size;
+    for (int64_t row = 0; row < rows; ++row, out += end.n * size)
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(out + at, 1);
 }
 
 }  // namespace SERVD_ISA

@@ -1,66 +1,50 @@
 // Owns: x @ weight.T over codes of 4 or 8 bits scaled by groups, x as it comes or rounded to int8 first.
 // Does not know: where the codes come from. (Frantar et al. 2022, "GPTQ"; Lin et al. 2023, "AWQ".)
-#include "../common/coded_linear.hpp"
-#include "../common/integer_rows.hpp"
+#include "../common/integer_linear.hpp"
 
 namespace SERVD_ISA {
 namespace {
 
-// weight * x over a segment = scale * (codes . x) + offset * (sum of x), both sums exact integers.
-SERVD_INLINE void add_segment(const IntegerRows& x, int64_t row, int64_t segment, const Scales& scales, const vi* dots,
-                              float* totals) {
-    int64_t cell = row * x.segments + segment;
-    vf scale = broadcast(x.scales.data[cell]), sum = scale * float(x.sums.data[cell]);
-    for (int v = 0; v < kTileVectors; ++v) {
-        vf dot = __builtin_convertvector(dots[v], vf) * scales.scale[v];
-        vf total = fma(dot, scale, load(totals + v * W));
-        store(totals + v * W, fma(scales.offset[v], sum, total));
-    }
-}
-
-// totals [rows][kCodePanel] = x times a panel of the weight.
-template <int BITS>
-void multiply_integer_panel(const CodedCall& call, const IntegerRows& x, int64_t panel, int64_t first_row,
-                            int64_t rows, float* totals) {
-    vi dots[kTileRows * kTileVectors];
-    constexpr int kDepth = 32 / BITS;
-    int64_t depth = round_up(call.k, kDepth);
-    const uint32_t* words = call.words + panel * (depth / kDepth) * kCodePanel;
-    memset(totals, 0, rows * kCodePanel * sizeof(float));
-    for (int64_t s = 0; s < x.segments; ++s) {
-        int64_t first = s * x.segment, length = lesser(x.segment, depth - first);
-        const uint32_t* piece = words + first / kDepth * kCodePanel;
-        Scales scales = load_scales(call, panel, first / call.group, 0, 1 << (BITS - 1));
-        for_tiles(rows, [&](int64_t row, auto count) {
-            constexpr int ROWS = decltype(count)::value;
-            Prefetch prefetch = prefetch_of(piece, piece, 0, 1);
-            if (row) prefetch.burst = 0;
-            multiply_integers<BITS, ROWS>(x.codes.data + (first_row + row) * x.stride + first, x.stride, piece, length,
-                                          prefetch, true, 0, x.sums.data, 0, dots);
-            for (int r = 0; r < ROWS; ++r)
-                add_segment(x, first_row + row + r, s, scales, dots + r * kTileVectors,
-                            totals + (row + r) * kCodePanel);
-        });
+// weight = code * scale + offset in segments first.. of a panel, of which there are `count`. Where zero points are the
+// middle there are no offsets.
+template <class S>
+SERVD_INLINE void load_segments(const CodedCall& call, int64_t panel, int64_t first, int64_t count,
+                                SegmentScales& out) {
+    int64_t ratio = quotient_up(call.group, call.segment()), groups = quotient_up(call.k, call.group);
+    for (int64_t s = 0; s < count; ++s) {
+        int64_t from = (panel * groups + (first + s) / ratio) * kCodePanel, to = s * kCodePanel;
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVectors; ++v, from += W, to += W) {
+            vf scale = load(static_cast<const S*>(call.scales) + from);
+            store(out.scales + to, scale);
+            if (call.minima) store(out.offsets + to, load(static_cast<const S*>(call.minima) + from));
+            else if (call.zeros) store(out.offsets + to, -load_bytes(call.zeros + from) * scale);
+        }
     }
 }
 
 template <int BITS>
 void integer_unit(const CodedCall& call, const IntegerRows& x, int64_t panel, int64_t first_row) {
-    alignas(64) float totals[kUnitRows * kCodePanel], gates[kUnitRows * kCodePanel];
-    int64_t rows = lesser(kUnitRows, call.m - first_row), parts = call.end.is_gated ? 2 : 1;
-    if (call.end.is_gated) multiply_integer_panel<BITS>(call, x, panel * parts, first_row, rows, gates);
-    multiply_integer_panel<BITS>(call, x, panel * parts + parts - 1, first_row, rows, totals);
-    auto at = [](const float* sums, int64_t row, int v) { return load(sums + row * kCodePanel + v * W); };
-    finish_rows<kTileVectors>(
-        call.end, first_row, rows, panel * kCodePanel, [&](int64_t row, int v) { return at(totals, row, v); },
-        [&](int64_t row, int v) { return at(gates, row, v); });
+    panel_unit(call.end, call.m, panel, first_row,
+               [&](int64_t weight_panel, int64_t first, int64_t rows, float* totals, auto done) {
+        const uint32_t* words = call.words + weight_panel * quotient_up(call.k, 32 / BITS) * kCodePanel;
+        auto scales_of = [&](int64_t segment, int64_t count, SegmentScales& out) {
+            with_dtype(call.scale_dtype, [&](auto tag) {
+                load_segments<typename decltype(tag)::type>(call, weight_panel, segment, count, out);
+                return 0;
+            });
+        };
+        if (call.has_offsets())
+            multiply_segmented_panel<BITS, true, true>(x, words, first, rows, totals, scales_of, done);
+        else multiply_segmented_panel<BITS, true, false>(x, words, first, rows, totals, scales_of, done);
+    });
 }
 
 template <int BITS>
 void integer_linear(const CodedCall& call, const RowSource& source) {
     IntegerRows rows(call.m, call.k, call.segment());
-    rows.fill<BITS>(source);
-    for_units(call.m, call.end.n, call.k, [&call, &rows](int64_t panel, int64_t first_row) {
+    rows.fill<BITS>(source, 1 << (BITS - 1));
+    for_units(call.m, call.end, call.k, [&call, &rows](int64_t panel, int64_t first_row) {
         integer_unit<BITS>(call, rows, panel, first_row);
     });
 }

@@ -1,0 +1,177 @@
+"""Weights of 4 or 8 bits with a scale for every few columns: converted as they are loaded, or as the file has them.
+
+Knows nothing of files. A layer whose parts are stored differently multiplies with each kind in its turn.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from itertools import groupby
+from typing import ClassVar
+
+import torch
+from servd_kernels import linear, linear_wna16
+from servd_kernels.linear_wna16 import GroupedWeight
+from torch import Tensor
+from torch.nn import functional
+
+from servd.quant.base import QUANT_METHODS, QuantMethod, Shard
+from servd.quant.codes import cut, float_rows, form, stack, with_zero_rows
+
+_Part = Tensor | GroupedWeight
+_Product = Callable[[Tensor, Tensor | None, torch.dtype | None], Tensor]  # x, bias, out_dtype
+
+
+class GroupedWeights(QuantMethod):
+    """Any mixture of coded and plain parts; parts of one form that follow each other are one matrix."""
+
+    takes_codes = True
+    activations: ClassVar[str]  # what the kernel makes of x: "none" takes it as it comes, "int8" rounds each group
+
+    @abstractmethod
+    def convert(self, part: _Part) -> _Part:
+        """A part of this rank, [rows, columns], in the form in which it is kept."""
+
+    def create_weights(self, out_features: int, in_features: int, gate: str | None = None) -> None:
+        self._out_features = out_features
+        self._gate = gate
+        self._num_loaded = 0
+        self._parts: list[tuple[int, _Part]] = []  # and where each begins
+        self._products: list[tuple[slice, _Product]] = []  # and the features that each gives
+
+    def checkpoint_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        return {"weight": (out_features, in_features)}
+
+    def load_shard(self, name: str, tensor: Tensor, shard: Shard) -> None:
+        self._take(tensor[shard.out_features, shard.in_features], shard.offset)
+
+    def load_codes(self, weight: GroupedWeight, shard: Shard) -> None:
+        self._take(cut(weight, shard.out_features, shard.in_features), shard.offset)
+
+    def _take(self, part: _Part, offset: int) -> None:
+        part = self.convert(part)
+        self._parts.append((offset, part))
+        self._num_loaded += _num_rows(part)
+        if self._num_loaded == self._out_features:  # at once: loose parts of all layers would be a second model
+            self._pack()
+
+    def finish_loading(self) -> None:
+        if self._parts:  # a vocabulary that ends before this rank's features do
+            self._pack(self._out_features - self._num_loaded)
+
+    def _pack(self, zero_rows: int = 0) -> None:
+        parts = [part for _, part in sorted(self._parts, key=lambda entry: entry[0])]
+        self._parts = []
+        begin = 0
+        if zero_rows:
+            parts[-1] = _padded(parts[-1], zero_rows)
+        runs = [list(run) for _, run in groupby(parts, _form)]
+        self.applies_gate = self._gate is not None and len(runs) == 1  # else the halves are of different forms
+        for same in runs:
+            end = begin + sum(map(_num_rows, same))
+            product = self._dense(same) if isinstance(same[0], Tensor) else self._coded(same)
+            self._products.append((slice(begin, end), product))
+            begin = end
+
+    def _coded(self, parts: list[_Part]) -> _Product:
+        weight = stack([part for part in parts if isinstance(part, GroupedWeight)])
+        packed = linear_wna16.pack(weight, self.activations, gated=self.applies_gate)
+        run, activation = packed.run, self._gate if self.applies_gate else None
+        return lambda x, bias, out_dtype: run(x, packed, bias, out_dtype, activation)
+
+    def _dense(self, parts: list[_Part]) -> _Product:
+        matrix = torch.cat([part for part in parts if isinstance(part, Tensor)])
+        packed = linear.pack(matrix, gated=self.applies_gate, deterministic=self.deterministic)
+        run, activation = packed.run, self._gate if self.applies_gate else None
+        return lambda x, bias, out_dtype: run(x, packed, bias, out_dtype, activation)
+
+    def apply(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
+        if len(self._products) == 1:
+            return self._products[0][1](x, bias, out_dtype)
+        outputs = [
+            product(x, None if bias is None else bias[features], out_dtype) for features, product in self._products
+        ]
+        return torch.cat(outputs, dim=1)
+
+    def _moved(self, weight: GroupedWeight) -> GroupedWeight:
+        """On the device where it is multiplied."""
+        if weight.codes.device == self.device:
+            return weight
+        zeros, minima = (None if t is None else t.to(self.device) for t in (weight.zeros, weight.minima))
+        codes, scales = weight.codes.to(self.device), weight.scales.to(self.device)
+        return GroupedWeight(codes, scales, weight.bits, weight.group_size, zeros, minima)
+
+
+class ConvertedWeights(GroupedWeights):
+    """All parts in codes of one width; a file's codes of that width are taken over, with the groups that they have."""
+
+    bits: ClassVar[int]
+    group_size: ClassVar[int]
+    symmetric: ClassVar[bool]
+
+    def convert(self, part: _Part) -> _Part:
+        if isinstance(part, GroupedWeight) and part.bits == self.bits:
+            return self._moved(part)
+        return stack([
+            linear_wna16.quantize_weight(rows.to(self.device), self.bits, self.group_size, self.symmetric)
+            for _, rows in float_rows(part)
+        ])  # fmt: skip
+
+
+@QUANT_METHODS.register("w4a16")
+class W4A16Weights(ConvertedWeights):
+    """4-bit weights in groups of 32, activations as they are."""
+
+    bits, group_size, symmetric, activations = 4, 32, False, "none"
+
+    @classmethod
+    def for_head(cls) -> type[QuantMethod]:
+        return Int8Weights
+
+
+@QUANT_METHODS.register("w4a8")
+class W4A8Weights(ConvertedWeights):
+    """4-bit weights in groups of 32, activations rounded to int8 in the same groups."""
+
+    bits, group_size, symmetric, activations = 4, 32, False, "int8"
+
+    @classmethod
+    def for_head(cls) -> type[QuantMethod]:
+        return Int8Weights
+
+
+@QUANT_METHODS.register("int8")
+class Int8Weights(ConvertedWeights):
+    """8-bit weights in groups of 128, activations as they are."""
+
+    bits, group_size, symmetric, activations = 8, 128, True, "none"
+
+
+@QUANT_METHODS.register("stored")
+class StoredWeights(GroupedWeights):
+    """As the file has them: coded parts with the file's own codes and scales, plain ones in the compute dtype.
+
+    Activations are rounded to int8 in the weights' groups and multiplied as integers.
+    """
+
+    activations = "int8"
+
+    def convert(self, part: _Part) -> _Part:
+        if isinstance(part, GroupedWeight):
+            return self._moved(part)
+        return part.to(self.device, self.dtype, copy=True)  # the file's memory is its own
+
+
+def _num_rows(part: _Part) -> int:
+    return len(part if isinstance(part, Tensor) else part.codes)
+
+
+def _form(part: _Part) -> tuple[object, ...] | None:
+    return None if isinstance(part, Tensor) else form(part)
+
+
+def _padded(part: _Part, zero_rows: int) -> _Part:
+    if isinstance(part, Tensor):
+        return functional.pad(part, (0, 0, 0, zero_rows))
+    return with_zero_rows(part, zero_rows)

@@ -1,0 +1,65 @@
+"""Weights of 8 bits with a scale for each output feature, activations rounded to 8 bits token by token.
+
+Knows nothing of files. Both are rotated in blocks of columns first, which spreads the outliers that plain rounding
+would pay for (Ashkboos et al. 2024, "QuaRot", https://arxiv.org/abs/2404.00456).
+"""
+
+from __future__ import annotations
+
+import torch
+from servd_kernels import linear, linear_w8a8
+from servd_kernels.linear_w8a8 import MAX_IN_FEATURES
+from servd_kernels.linear_wna16 import GroupedWeight
+from servd_kernels.weight_quant import rotate
+from torch import Tensor
+
+from servd.errors import ConfigError
+from servd.quant.base import QUANT_METHODS, QuantMethod, Shard
+from servd.quant.codes import cut, float_rows
+
+_MAX_ROTATION = 64  # wider blocks gain nothing that a starter-sized model shows, and cost each token more
+_MIN_ROTATION = 16
+
+
+@QUANT_METHODS.register("w8a8")
+class W8A8Weights(QuantMethod):
+    """Converted as they are loaded, a few rows at a time."""
+
+    takes_codes = True
+
+    def create_weights(self, out_features: int, in_features: int, gate: str | None = None) -> None:
+        if in_features > MAX_IN_FEATURES:
+            raise ConfigError(f"in_features is {in_features}; allowed with w8a8: up to {MAX_IN_FEATURES}")
+        block = min(_MAX_ROTATION, in_features & -in_features)  # the largest power of two that divides
+        self._rotation = block if block >= _MIN_ROTATION else None
+        self._hadamard = linear.pack(rotate(torch.eye(block, device=self.device), block))
+        self._gate = gate
+        self.applies_gate = gate is not None
+        self._codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=self.device)
+        self._scales = torch.zeros(out_features, device=self.device)
+
+    def checkpoint_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        return {"weight": (out_features, in_features)}
+
+    def load_shard(self, name: str, tensor: Tensor, shard: Shard) -> None:
+        self._convert(tensor[shard.out_features, shard.in_features], shard.offset)
+
+    def load_codes(self, weight: GroupedWeight, shard: Shard) -> None:
+        self._convert(cut(weight, shard.out_features, shard.in_features), shard.offset)
+
+    def _convert(self, part: Tensor | GroupedWeight, offset: int) -> None:
+        for rows, values in float_rows(part):
+            own = slice(offset + rows.start, offset + rows.stop)
+            values = values.to(self.device)
+            if self._rotation:  # as a product: a third of the time of `rotate`; with our kernel: the same bits always
+                blocks = values.reshape(-1, self._rotation)
+                values = linear.linear(blocks, self._hadamard).view_as(values)
+            self._codes[own], self._scales[own] = linear_w8a8.quantize_weight(values)
+
+    def finish_loading(self) -> None:
+        self._packed = linear_w8a8.pack(self._codes, self._scales, gated=self.applies_gate, rotation=self._rotation)
+        self._run = self._packed.run
+        del self._codes, self._scales, self._hadamard  # the packed form is a copy
+
+    def apply(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
+        return self._run(x, self._packed, bias, out_dtype, None, self._gate)
