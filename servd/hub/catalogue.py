@@ -24,6 +24,7 @@ class CatalogueEntry:
     member_sha256: str
     member_size: int
     sampling: Mapping[str, float]  # what its makers recommend
+    quantization: str | None = None  # what --quantization auto stands for: the fastest faithful form, by measurement
 
     @property
     def file_name(self) -> str:
@@ -44,6 +45,7 @@ _ENTRIES = (
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         member_size=98362432,
         sampling={"temperature": 0.2, "top_p": 0.9},
+        quantization="w8a8",
     ),
 )
 

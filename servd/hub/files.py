@@ -33,6 +33,7 @@ class ModelFiles:
     weights: tuple[Path, ...]  # safetensors shards in order, or exactly one .gguf
     tensor_index: Path | None = None  # GGUF only: JSON list of {name, ggml_type, shape, offset, nbytes}
     recommended_sampling: Mapping[str, float] = field(default_factory=dict)  # by the catalogue, for want of a file
+    recommended_quantization: str | None = None  # what the catalogue found fastest and faithful
 
     def config(self) -> dict[str, Any]:
         """The parsed config.json. Raises ConfigError if it is not a JSON object."""

@@ -52,7 +52,11 @@ def pull(name: str, progress: Progress | None = None) -> ModelFiles:
                     _fetch(entry, target, progress)
     except OSError as error:
         raise ConfigError(f"{folder} cannot hold the model {name}: {error.strerror or error}; {CHOOSE_HOME}") from error
-    return dataclasses.replace(gguf_model_files(target, name=name), recommended_sampling=entry.sampling)
+    return dataclasses.replace(
+        gguf_model_files(target, name=name),
+        recommended_sampling=entry.sampling,
+        recommended_quantization=entry.quantization,
+    )
 
 
 def _is_whole(target: Path, entry: CatalogueEntry) -> bool:

@@ -30,8 +30,6 @@ Progress = Callable[[str, int, int], None]  # what is being done, steps done, st
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAMES_SHOWN = 5
-# What a quantized checkpoint is served as: its fastest form within 1 % of float32's perplexity (README.md, Weights).
-AUTO_QUANTIZATION = "stored"
 # Old checkpoints hold this derived table; it is computed anew.
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 
@@ -49,8 +47,8 @@ def load_model(
     """Build the model that config.json names, and load this rank's part of its weights.
 
     `dtype`: float32, bfloat16, float16, or auto (the checkpoint's own; bfloat16 for quantized GGUF).
-    `quantization`: how weights are held and multiplied, a member of QUANT_METHODS, or auto: none, the compute dtype,
-    but AUTO_QUANTIZATION where the checkpoint is quantized and the compute dtype is not float32.
+    `quantization`: how weights are held and multiplied, a member of QUANT_METHODS, or auto: `none` for a checkpoint of
+    plain floats and for float32; for a quantized one what the catalogue recommends, else `stored`.
     `deterministic`: a request's bits do not depend on the batch; otherwise a library's routines may serve.
     `progress("loading weights", tensors done, tensors in all)` is called after every tensor.
     Raises ConfigError naming the field, file or tensor that is wrong.
@@ -63,7 +61,7 @@ def load_model(
         dtype=compute_dtype,
         device=torch.device(device),
         group=group or TPGroup.single(),
-        quant_method=_quant_method(quantization, config, weight_files, compute_dtype),
+        quant_method=_quant_method(quantization, files, weight_files, compute_dtype),
         deterministic=deterministic,
     )
     model = model_class(config, context)
@@ -112,15 +110,14 @@ def _resolve_dtype(dtype: str, config: Mapping[str, Any], weight_files: WeightFi
     return _DTYPES[dtype]
 
 
-def _quant_method(
-    asked: str, config: Mapping[str, Any], weight_files: WeightFiles, dtype: torch.dtype
-) -> type[QuantMethod]:
-    quantization = config.get("quantization_config")
+def _quant_method(asked: str, files: ModelFiles, weight_files: WeightFiles, dtype: torch.dtype) -> type[QuantMethod]:
+    quantization = files.config().get("quantization_config")
     if quantization is not None:  # a format of the hub, which nothing else can read
         name = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         return QUANT_METHODS.get(str(name))
     if asked == "auto":
-        asked = AUTO_QUANTIZATION if weight_files.is_quantized and dtype != torch.float32 else "none"
+        is_exact = dtype == torch.float32 or not weight_files.is_quantized
+        asked = "none" if is_exact else files.recommended_quantization or "stored"
     return QUANT_METHODS.get(asked)
 
 

