@@ -192,8 +192,8 @@ class Scheduler:
     def _grant_drafts(self, plan: Plan) -> None:
         """Let the worker guess ahead with what is left over: tokens of the budget, and blocks nobody needs soon.
 
-        Not in a step with a piece of a prompt: its end must not wait for guesses. (And a replay that begins with
-        several tokens would pass for a request that got past what killed the workers.)
+        Not in a step with a piece of a prompt: its end must not wait for guesses. (A replay that began with several
+        tokens would pass for a request that got past what killed the workers.)
         """
         if any(share.num_computed_after - share.num_computed_before > 1 for share in plan.shares):
             return

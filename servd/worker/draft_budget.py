@@ -9,7 +9,7 @@ FADING = 0.98  # weight of a step after the next one: the last 50 or so count
 # Before anything is known, a step costs as much as so many rows and each row one more; in rows squared, this counts
 # as much as what was seen in a few steps of different sizes.
 PRIOR_FIXED_ROWS = 20.0
-PRIOR_WEIGHT = 50.0
+PRIOR_WEIGHT = 10.0
 
 
 class StepCost:
@@ -47,5 +47,5 @@ class StepCost:
         variance = self._rows_rows - self._rows * mean_rows
         covariance = self._rows_seconds - self._rows * mean_seconds
         slope = (covariance + PRIOR_WEIGHT * prior) / (variance + PRIOR_WEIGHT)
-        slope = min(max(slope, prior / 4), mean_seconds / mean_rows)
+        slope = min(max(slope, prior / 10), mean_seconds / mean_rows)
         return mean_seconds - slope * mean_rows, slope

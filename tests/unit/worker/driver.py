@@ -63,15 +63,17 @@ class Driver:
     def new_block(self) -> int:
         return next(self._free_blocks)
 
-    def plan(self, shares: dict[str, int], **changes: Any) -> SchedulerOutput:
-        """A step that computes so many tokens of each request (0: all that are left)."""
+    def plan(self, shares: dict[str, int], *, num_drafts: int = 0, **changes: Any) -> SchedulerOutput:
+        """A step that computes so many tokens of each request (0: all that are left), and may guess `num_drafts`."""
         new, scheduled = [], ScheduledRequests([], [], [], [], [])
         for request_id, share in shares.items():
             sequence = self.sequences[request_id]
             left = len(sequence.tokens) - sequence.num_computed
             count = min(share, left) if share else left
             end = sequence.num_computed + count
-            blocks = [self.new_block() for _ in range(-(-end // self.block_size) - len(sequence.blocks))]
+            samples = end == len(sequence.tokens)
+            num_blocks = -(-(end + num_drafts * samples) // self.block_size)
+            blocks = [self.new_block() for _ in range(num_blocks - len(sequence.blocks))]
             sequence.blocks += blocks
             if not sequence.is_known:
                 new.append(self._new_request(sequence))
@@ -80,7 +82,9 @@ class Driver:
             scheduled.num_computed_tokens.append(sequence.num_computed)
             scheduled.num_scheduled_tokens.append(count)
             scheduled.new_block_ids.append(blocks)
-            scheduled.samples.append(end == len(sequence.tokens))
+            scheduled.samples.append(samples)
+            if num_drafts:
+                scheduled.num_draft_tokens.append(num_drafts * samples)
             sequence.num_computed = end
         dropped, self.dropped = self.dropped, []
         plan = SchedulerOutput(next(self._steps), new, scheduled, dropped, [], [])
@@ -91,8 +95,10 @@ class Driver:
     def step(self, shares: dict[str, int], **changes: Any) -> ModelRunnerOutput:
         """Plan, execute, take the tokens in."""
         output = self.execute(self.plan(shares, **changes))
-        for request_id, token_id in zip(output.request_ids, output.sampled_token_ids, strict=True):
-            self.sequences[request_id].output.append(token_id)
+        for request_id, token_ids in output.tokens_by_request().items():
+            sequence = self.sequences[request_id]
+            sequence.output += token_ids
+            sequence.num_computed = len(sequence.tokens) - 1
         for request_id in shares:
             self.sequences[request_id].outputs.append(output)
         return output

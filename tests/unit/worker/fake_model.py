@@ -10,6 +10,7 @@ from servd_kernels.kv_format import KVFormat
 from torch import Tensor
 
 from servd.attention.metadata import AttentionMetadata
+from servd.worker.drafter import Drafter
 from servd.worker.kv_cache import PagedKVCache
 from servd.worker.model_runner import ModelRunner
 
@@ -65,10 +66,17 @@ class FakeModel:
 
 
 def make_runner(
-    *, num_blocks: int = 64, block_size: int = 4, max_num_seqs: int = 8, max_model_len: int = 64
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    max_num_seqs: int = 8,
+    max_model_len: int = 64,
+    drafter: Drafter | None = None,
 ) -> ModelRunner:
     device = torch.device("cpu")
     cache = PagedKVCache([KVFormat("float32", "float32", 1, FakeModel.head_dim, block_size)], num_blocks, device)
     for layer in cache.layers:
         layer.fill_(0xFF)  # what nobody wrote is NaN, and must never be read
-    return ModelRunner(FakeModel(), cache, max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=device)
+    return ModelRunner(
+        FakeModel(), cache, max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=device, drafter=drafter
+    )
