@@ -66,7 +66,7 @@ class Point:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure the curves asked for, write JSON and a plot of each."""
+    """Measure the curves asked for; a plot and its figures as JSON of each."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--only", choices=list(LABELS), action="append", help="this curve; may be given again")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER", help="for the files")
@@ -83,16 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from servd_kernels import stands
 
     machine = stands.stand_for("cpu").describe()
-    points = {name: measure(name, settings, sweep) for name in curves}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    content = {
-        "command": sys.argv, "machine": machine, "settings": settings,
-        "curves": {name: [dataclasses.asdict(point) for point in found] for name, found in points.items()},
-    }  # fmt: skip
-    (arguments.out / "growth.json").write_text(json.dumps(content, indent=1) + "\n")
-    for name, found in points.items():
+    for name in curves:
+        points = measure(name, settings, sweep)
+        content = {
+            "command": sys.argv, "machine": machine, "settings": settings,
+            "points": [dataclasses.asdict(point) for point in points],
+        }  # fmt: skip
+        (arguments.out / f"growth-{name}.json").write_text(json.dumps(content, indent=1) + "\n")
         label = LABELS[name].format(short_prompt=sweep.short_prompt)
-        plot(label, found, f"{settings['model']}: {machine.split(';')[0]}", arguments.out / f"growth-{name}.svg")
+        plot(label, points, f"{settings['model']}: {machine.split(';')[0]}", arguments.out / f"growth-{name}.svg")
     return 0
 
 

@@ -29,7 +29,7 @@ EXIT_NOT_FAITHFUL = 1
 # Every flag of these sections that changes what is measured; the others belong to serving.
 OMITTED = (
     "served_model_name", "generation_config", "seed", "kv_shadow_rate", "gpu_memory_utilization", "kv_cache_memory",
-    "max_model_len", "enable_prefix_caching", "cuda_graphs", "executor", "max_worker_restarts",
+    "max_model_len", "enable_prefix_caching", "replay_steps", "executor", "max_worker_restarts",
 )  # fmt: skip
 
 
