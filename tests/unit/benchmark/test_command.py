@@ -135,7 +135,9 @@ def test_two_results_are_compared_in_words(servd, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "note" not in out
     assert "better" not in out and "worse" not in out
-    assert out.count("not significant") == 2 * (3 + 4 * 4)  # of rates and of times, for each load
+    figures = [line for line in out.splitlines() if "%" in line and "interval" not in line]
+    assert len(figures) >= 2 * 3  # rates of two loads; times of 0 ms have no ratio
+    assert all("not significant" in line for line in figures)
 
 
 @pytest.mark.parametrize(
