@@ -25,7 +25,7 @@ KERNEL_STAMP := $(VENV)/.stamp-kernels
 .DELETE_ON_ERROR:
 
 help: ## show this
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: $(DEV_STAMP) $(KERNEL_STAMP) ## make .venv with all that serving, tests and linters need
 

@@ -57,6 +57,12 @@ class Home:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def convert(self, files: ModelFiles, form: str, do: Callable[[], None]) -> None:
+        """`once` for a form of the model; again if its file is another one."""
+        source = files.weights[0]
+        stat = source.stat()
+        self.once(f"{files.name}-{form}", f"{source}, {stat.st_size} bytes of {stat.st_mtime_ns}", do)
+
     def once(self, step: str, what: str, do: Callable[[], None]) -> None:
         """Run `do` unless a step of this name was done with the same `what`."""
         mark = self.folder / "done" / step

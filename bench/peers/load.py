@@ -13,11 +13,13 @@ import aiohttp
 import msgspec
 import uvloop
 
-from servd.benchmark import BenchRequest, Corpus, Summary, WorkloadSpec, make_workload, run_closed_loop
+from servd.benchmark import BenchRequest, Corpus, RequestOptions, Summary, WorkloadSpec, make_workload, run_closed_loop
 from servd.engine.tokenizer import Tokenizer
 from servd.eval.text import python_help
 
 CORPUS_CHARS = 240_000
+# llama.cpp closes connections behind its answers without a word: a request on a kept one may find it closed.
+NO_REUSE = {"Connection": "close"}
 WARMUP_REQUESTS, WARMUP_CONCURRENCY = 8, 4
 
 
@@ -40,6 +42,16 @@ LOADS = (
 )
 
 
+class _NewConnections(RequestOptions):
+    """A connection a request, for every peer."""
+
+    def session(self) -> aiohttp.ClientSession:
+        """The usual one, with that header."""
+        session = super().session()
+        session.headers.update(NO_REUSE)
+        return session
+
+
 def make_workloads(tokenizer: Tokenizer, seed: int) -> dict[str, list[BenchRequest]]:
     """`chat`: 64 requests of mixed lengths; `prefix`: 32 that share 512 tokens. Token ids of a text Python has."""
     corpus = Corpus.of_ids(tokenizer.encode(python_help()[:CORPUS_CHARS], add_special_tokens=False))
@@ -52,7 +64,8 @@ def make_workloads(tokenizer: Tokenizer, seed: int) -> dict[str, list[BenchReque
 def run_load(url: str, model: str, requests: Sequence[BenchRequest], concurrency: int) -> Summary:
     """Send them all, with first tokens that no cache has seen, and sum up what came of it."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(run_closed_loop(url, model, requests, concurrency)).summary()
+        options = _NewConnections()
+        return runner.run(run_closed_loop(url, model, requests, concurrency, options=options)).summary()
 
 
 def ask_all(
@@ -62,7 +75,7 @@ def ask_all(
 
     async def run() -> list[str]:
         free = asyncio.Semaphore(concurrency)
-        async with aiohttp.ClientSession(raise_for_status=True) as session:
+        async with aiohttp.ClientSession(headers=NO_REUSE, raise_for_status=True) as session:
 
             async def ask(prompt: Sequence[int]) -> str:
                 body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}

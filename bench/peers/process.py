@@ -81,9 +81,9 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) 
     deadline = time.monotonic() + START_SECONDS
     while not _is_healthy(port):
         if process.poll() is not None:
-            raise ConfigError(f"{process.args!r} ended with {process.returncode} before it answered; see {log}")
+            raise ConfigError(f"it ended with {process.returncode} before it answered; see {log}")
         if time.monotonic() > deadline:
-            raise ConfigError(f"{process.args!r} did not answer within {START_SECONDS:.0f} s; see {log}")
+            raise ConfigError(f"it did not answer within {START_SECONDS:.0f} s; see {log}")
         time.sleep(POLL_SECONDS)
 
 

@@ -6,7 +6,6 @@ Questions are asked of every peer over HTTP, as clients would; perplexity is ser
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import msgspec
 
@@ -14,6 +13,7 @@ from bench.peers.base import Home, Peer
 from bench.peers.engines.servd import ServdPeer
 from bench.peers.load import ask_all
 from bench.peers.results import Quality
+from servd.cli.eval import encode_question
 from servd.engine.tokenizer import Tokenizer
 from servd.eval.questions import MAX_ANSWER_TOKENS, questions, score
 from servd.hub.files import ModelFiles
@@ -22,27 +22,29 @@ ASK_CONCURRENCY = 8
 
 
 def ask_questions(url: str, files: ModelFiles, tokenizer: Tokenizer, concurrency: int) -> Quality:
-    """The share of right answers of a running server, greedy."""
-    prompts = [tokenizer.encode_chat([{"role": "user", "content": question.prompt}]) for question in questions()]
+    """The right answers of a running server, greedy."""
+    prompts = [encode_question(tokenizer, question.prompt) for question in questions()]
     answers = ask_all(url, files.name, prompts, MAX_ANSWER_TOKENS, min(ASK_CONCURRENCY, concurrency))
     return Quality(num_right=sum(score(answers)), num_questions=len(answers))
 
 
-def add_perplexity(quality: Quality, peer: Peer, home: Home, files: ModelFiles) -> None:
-    """For servd: what `servd eval` says of the same flags, against float32. Raises ConfigError if it fails."""
-    if not isinstance(peer, ServdPeer):
-        return
-    folder = home.folder / "quality"
-    folder.mkdir(parents=True, exist_ok=True)
-    reference, found = folder / f"{files.name}-float32.json", folder / f"{files.name}-{peer.name}.json"
-    if not reference.is_file():
-        _evaluate(home, files, ["--dtype", "float32", "--quantization", "none"], "none", reference)
-    _evaluate(home, files, list(peer.flags), str(reference), found)
-    comparison = msgspec.json.decode(found.read_bytes())["comparison"]
-    quality.perplexity_change = comparison["perplexity_change"]
-    quality.is_faithful = comparison["faithful"]
+class Perplexity:
+    """What `servd eval` says of servd's own settings; float32 is measured with the first one and serves them all."""
 
+    def __init__(self, home: Home, files: ModelFiles) -> None:
+        self._home = home
+        self._files = files
+        self._against = "float32"
 
-def _evaluate(home: Home, files: ModelFiles, flags: list[str], against: str, result: Path) -> None:
-    argv = [sys.executable, "-m", "servd.cli", "eval", str(files.weights[0]), *flags, "--against", against]
-    home.call("eval", [*argv, "--json", str(result)])
+    def add_to(self, quality: Quality, peer: Peer) -> None:
+        """Fill in what is known of servd alone. Raises ConfigError if it cannot be measured."""
+        if not isinstance(peer, ServdPeer):
+            return
+        result = self._home.folder / "quality" / f"{self._files.name}-{peer.name}.json"
+        result.parent.mkdir(parents=True, exist_ok=True)
+        argv = [sys.executable, "-m", "servd.cli", "eval", str(self._files.weights[0]), *peer.flags]
+        self._home.call("eval", [*argv, "--against", self._against, "--json", str(result)])
+        self._against = str(result)
+        comparison = msgspec.json.decode(result.read_bytes())["comparison"]
+        quality.perplexity_change = comparison["perplexity_change"]
+        quality.is_faithful = comparison["faithful"]

@@ -19,7 +19,7 @@ import msgspec
 from bench.peers import plot, table
 from bench.peers.base import Home, Peer, choose
 from bench.peers.load import LOADS, Load, make_workloads
-from bench.peers.quality import add_perplexity
+from bench.peers.quality import Perplexity
 from bench.peers.results import Comparison, Row
 from bench.peers.session import Session
 from servd.benchmark import data_hash
@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     home = Home.default()
     try:
+        if arguments.rounds < 1:
+            raise ConfigError(f"--rounds is {arguments.rounds}; allowed: at least 1")
         peers = choose(arguments.peer)
         files = resolve_model(arguments.model)
         tokenizer = Tokenizer.from_files(files)
@@ -100,26 +102,27 @@ def _fill(comparison: Comparison, session: Session, peers: Sequence[Peer], argum
         for peer, row in zip(peers, comparison.rows, strict=True):
             if row.error is None:
                 _note(f"round {turn + 1} of {arguments.rounds}: {peer.name}")
-                _attempt(row, partial(_run_round, session, peer, row))
+                _attempt(session, row, partial(_run_round, session, peer, row))
                 _write(comparison, arguments.out)
+    perplexity = Perplexity(session.home, session.files)
     for peer, row in zip(peers, comparison.rows, strict=True):
         if row.error is None and not arguments.no_quality:
             _note(f"quality: {peer.name}")
-            _attempt(row, partial(_judge, session, peer, row))
+            _attempt(session, row, partial(_judge, session, perplexity, peer, row))
 
 
-def _attempt(row: Row, do: Callable[[], None]) -> None:
+def _attempt(session: Session, row: Row, do: Callable[[], None]) -> None:
     """A peer that fails does not take the others with it."""
     try:
         do()
     except (ConfigError, aiohttp.ClientError, OSError) as error:
-        row.error = str(error)
+        row.error = session.shown(str(error))
         _note(f"{row.name} failed: {error}")
 
 
-def _judge(session: Session, peer: Peer, row: Row) -> None:
+def _judge(session: Session, perplexity: Perplexity, peer: Peer, row: Row) -> None:
     row.quality = session.quality(peer)
-    add_perplexity(row.quality, peer, session.home, session.files)
+    perplexity.add_to(row.quality, peer)
 
 
 def _run_round(session: Session, peer: Peer, row: Row) -> None:

@@ -39,10 +39,23 @@ class Session:
         start = peer.start(self.home, self.files, 8000, max(load.concurrency for load in self.loads))
         return Row(
             name=peer.name, weights=peer.weights, version=peer.version(self.home), notes=start.notes,
-            command=[self._shown(part) for part in start.argv],
-            env={name: self._shown(value) for name, value in start.env.items()},
+            command=[self.shown(part) for part in start.argv],
+            env={name: self.shown(value) for name, value in start.env.items()},
             kv_bytes_at_start=peer.kv_bytes_at_start,
         )  # fmt: skip
+
+    def shown(self, text: str) -> str:
+        """The text without this machine's folders."""
+        places = {
+            str(self.home.folder): "$SERVD_BENCH_HOME",
+            str(self.files.weights[0].parent): "$MODEL",
+            str(Path(__file__).parents[2]): ".",
+            sys.executable: "python",
+            os.path.expanduser("~"): "~",
+        }
+        for place, name in places.items():
+            text = text.replace(place, name)
+        return text
 
     def round(self, peer: Peer) -> Round:
         """Every load once. Raises ConfigError if the peer does not run."""
@@ -86,18 +99,6 @@ class Session:
             round.loads.append(LoadResult(load=load.name, summary=summary, others_share=disturbance.share()))
             round.memory = max(round.memory, server.memory())
         return round
-
-    def _shown(self, text: str) -> str:
-        places = {
-            str(self.home.folder): "$SERVD_BENCH_HOME",
-            str(self.files.weights[0].parent): "$MODEL",
-            str(Path(__file__).parents[2]): ".",
-            sys.executable: "python",
-            os.path.expanduser("~"): "~",
-        }
-        for place, name in places.items():
-            text = text.replace(place, name)
-        return text
 
 
 def _by_server(peer: Peer, loads: Sequence[Load]) -> list[list[Load]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from bench.peers.results import DISTURBED, Comparison, Row, p50, p99
+from bench.peers.results import DISTURBED, Comparison, Quality, Row, p50, p99
 from bench.peers.targets import TARGETS, Verdict, judge
 
 MIB = 1 << 20
@@ -39,7 +39,6 @@ def _overview(row: Row) -> tuple[str, ...]:
     if not row.rounds:
         return (row.name, row.weights, f"failed: {row.error}", *[""] * 5)
     quality = row.quality
-    change = quality.perplexity_change if quality else None
     return (
         row.name,
         row.weights,
@@ -48,8 +47,14 @@ def _overview(row: Row) -> tuple[str, ...]:
         f"{row.median(lambda one: one.memory) / MIB:,.0f}",
         f"{row.memory_beyond_kv / MIB:,.0f}",
         f"{quality.num_right} of {quality.num_questions}" if quality else "",
-        f"{change:+.2%}" if change is not None else "",
+        _perplexity(quality),
     )
+
+
+def _perplexity(quality: Quality | None) -> str:
+    if quality is None or quality.perplexity_change is None:
+        return ""
+    return f"{quality.perplexity_change:+.2%}, {'faithful' if quality.is_faithful else '**not faithful**'}"
 
 
 def _load_lines(row: Row) -> Iterable[tuple[str, ...]]:

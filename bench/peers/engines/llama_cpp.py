@@ -47,11 +47,10 @@ class LlamaCpp(Peer):
             tool = _program(home, "llama-quantize")
             home.call("quantize", [tool, "--allow-requantize", source, target, ggml_type, threads])
 
-        source = files.weights[0]
-        home.once(f"{files.name}-bf16.gguf", str(source), lambda: quantize(source, bf16, "BF16"))
+        home.convert(files, bf16.name, lambda: quantize(files.weights[0], bf16, "BF16"))
         if self.ggml_type != "BF16":
             target = self._file(home, files)
-            home.once(f"{files.name}-{target.name}", str(source), lambda: quantize(bf16, target, self.ggml_type))
+            home.convert(files, target.name, lambda: quantize(bf16, target, self.ggml_type))
 
     def start(self, home: Home, files: ModelFiles, port: int, concurrency: int) -> Start:
         """A slot for each request under way."""

@@ -32,16 +32,14 @@ class OpenVino(Peer):
     def prepare(self, home: Home, files: ModelFiles) -> None:
         """Hugging Face folder to OpenVINO's own format, weights quantized per channel."""
         source, target = home.weights(files, "hf-bf16"), home.weights(files, "openvino-int8")
-        home.once(f"{files.name}-hf-bf16", str(files.weights[0]), lambda: write_checkpoint(files, source))
+        home.convert(files, source.name, lambda: write_checkpoint(files, source))
         optimum = home.python(ENVIRONMENT).parent / "optimum-cli"
         argv: list[str | Path] = [
             optimum, "export", "openvino", "-m", source, "--task", "text-generation-with-past",
             "--weight-format", "int8", target,
         ]  # fmt: skip
-        home.once(
-            f"{files.name}-{target.name}", str(files.weights[0]),
-            lambda: home.call("export-openvino", argv, env={"HF_HUB_OFFLINE": "1"}),
-        )  # fmt: skip
+        offline = {"HF_HUB_OFFLINE": "1"}
+        home.convert(files, target.name, lambda: home.call("export-openvino", argv, env=offline))
 
     def start(self, home: Home, files: ModelFiles, port: int, concurrency: int) -> Start:
         """The front, which starts the engine in its own process."""

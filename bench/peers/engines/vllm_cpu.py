@@ -41,7 +41,7 @@ class VllmCpu(Peer):
     def prepare(self, home: Home, files: ModelFiles) -> None:
         """A Hugging Face folder."""
         folder = home.weights(files, "hf-bf16")
-        home.once(f"{files.name}-hf-bf16", str(files.weights[0]), lambda: write_checkpoint(files, folder))
+        home.convert(files, folder.name, lambda: write_checkpoint(files, folder))
 
     def start(self, home: Home, files: ModelFiles, port: int, concurrency: int) -> Start:
         """Its settings for a machine of this size."""
