@@ -6,6 +6,7 @@ Reads Linux' /proc. Knows nothing of engines or requests.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import http.client
 import os
 import signal
@@ -25,6 +26,8 @@ END_SECONDS = 20.0
 POLL_SECONDS = 0.02
 PROC = Path("/proc")
 TICKS = os.sysconf("SC_CLK_TCK")
+LIBC = ctypes.CDLL(None)  # before any fork
+PR_SET_PDEATHSIG = 1
 STOLEN = 7  # column of /proc/stat: what the hypervisor gave to others
 IDLE = (3, 4)  # idle and waiting for a disk
 
@@ -68,13 +71,19 @@ def running(start: Start, port: int, log: Path) -> Iterator[Server]:
     with log.open("wb") as output:
         spawned = time.perf_counter()
         process = subprocess.Popen(
-            start.argv, env={**os.environ, **start.env}, stdout=output, stderr=output, start_new_session=True
-        )
+            start.argv, env={**os.environ, **start.env}, stdout=output, stderr=output, start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )  # fmt: skip
         try:
             _wait_until_healthy(process, port, log)
             yield Server(process.pid, port, spawned, time.perf_counter() - spawned)
         finally:
             _end(process)
+
+
+def _end_with_parent() -> None:
+    """In the child: SIGTERM when the parent is gone, even if that was killed."""
+    LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:

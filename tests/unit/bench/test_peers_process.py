@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -56,6 +58,31 @@ def test_the_process_sees_its_own_variables_beside_the_callers(tmp_path: Path) -
     with pytest.raises(ConfigError), running(start, free_port(), tmp_path / "log"):
         pass
     assert (tmp_path / "log").read_text() == f"its own {'PATH' in os.environ}\n"
+
+
+def test_a_server_ends_with_a_comparison_that_was_killed(tmp_path: Path) -> None:
+    comparison = f"""
+import sys, time
+from pathlib import Path
+from bench.peers.base import Start
+from bench.peers.process import free_port, running
+port = free_port()
+with running(Start([sys.executable, "-c", {HEALTHY!r}, str(port)]), port, Path({str(tmp_path / "log")!r})) as server:
+    print(server.session, flush=True)
+    time.sleep(600)
+"""
+    root = Path(__file__).parents[3]
+    command = [sys.executable, "-c", comparison]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+        assert process.stdout is not None
+        server = int(process.stdout.readline())
+        process.kill()
+    child = int((tmp_path / "log").read_text().split()[1])
+    deadline = time.monotonic() + 30
+    while is_alive(server) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)  # this server does not care for its own
+    assert not is_alive(server)
 
 
 def test_a_step_is_done_once_for_each_content(tmp_path: Path) -> None:
