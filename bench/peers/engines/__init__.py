@@ -1,0 +1,1 @@
+"""One file an engine; importing it registers its peers."""
