@@ -40,8 +40,9 @@ class ModelConfig:
     quantization: str = flag(
         "auto",
         "how weights are held and multiplied: in the compute dtype (none), as a GGUF file has them with int8 "
-        "activations (stored), or converted at load; auto: none for plain floats and for float32; a quantized GGUF as "
-        "stored; a catalogue model in its fastest form within 1 % of float32's perplexity (starter: w8a8)",
+        "activations (stored), or converted at load; auto: none for plain floats, for float32 and on a GPU; a "
+        "quantized GGUF as stored; a catalogue model in its fastest form within 1 % of float32's perplexity (starter: "
+        "w8a8)",
         choices=QUANTIZATIONS,
     )
     max_model_len: int | None = flag(None, "longest prompt plus output; default: the model's own", unit="tokens")

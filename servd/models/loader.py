@@ -48,7 +48,7 @@ def load_model(
 
     `dtype`: float32, bfloat16, float16, or auto (the checkpoint's own; bfloat16 for quantized GGUF).
     `quantization`: how weights are held and multiplied, a member of QUANT_METHODS, or auto: `none` for a checkpoint of
-    plain floats and for float32; for a quantized one what the catalogue recommends, else `stored`.
+    plain floats, for float32 and on a GPU; otherwise what the catalogue recommends, else `stored`.
     `deterministic`: a request's bits do not depend on the batch; otherwise a library's routines may serve.
     `progress("loading weights", tensors done, tensors in all)` is called after every tensor.
     Raises ConfigError naming the field, file or tensor that is wrong.
@@ -61,7 +61,7 @@ def load_model(
         dtype=compute_dtype,
         device=torch.device(device),
         group=group or TPGroup.single(),
-        quant_method=_quant_method(quantization, files, weight_files, compute_dtype),
+        quant_method=_quant_method(quantization, files, weight_files, compute_dtype, device),
         deterministic=deterministic,
     )
     model = model_class(config, context)
@@ -110,14 +110,17 @@ def _resolve_dtype(dtype: str, config: Mapping[str, Any], weight_files: WeightFi
     return _DTYPES[dtype]
 
 
-def _quant_method(asked: str, files: ModelFiles, weight_files: WeightFiles, dtype: torch.dtype) -> type[QuantMethod]:
+def _quant_method(
+    asked: str, files: ModelFiles, weight_files: WeightFiles, dtype: torch.dtype, device: str
+) -> type[QuantMethod]:
     quantization = files.config().get("quantization_config")
     if quantization is not None:  # a format of the hub, which nothing else can read
         name = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         return QUANT_METHODS.get(str(name))
     if asked == "auto":
-        is_exact = dtype == torch.float32 or not weight_files.is_quantized
-        asked = "none" if is_exact else files.recommended_quantization or "stored"
+        # On a GPU nothing has been measured that would beat the compute dtype.
+        is_plain = dtype == torch.float32 or not weight_files.is_quantized or torch.device(device).type != "cpu"
+        asked = "none" if is_plain else files.recommended_quantization or "stored"
     return QUANT_METHODS.get(asked)
 
 

@@ -27,7 +27,7 @@ class GroupedWeights(QuantMethod):
     """Any mixture of coded and plain parts; parts of one form that follow each other are one matrix."""
 
     takes_codes = True
-    activations: ClassVar[str]  # what the kernel makes of x: "none" takes it as it comes, "int8" rounds each group
+    activations: str  # what the kernel makes of x: "none" takes it as it comes, "int8" rounds each group
 
     @abstractmethod
     def convert(self, part: _Part) -> _Part:
@@ -152,10 +152,13 @@ class Int8Weights(ConvertedWeights):
 class StoredWeights(GroupedWeights):
     """As the file has them: coded parts with the file's own codes and scales, plain ones in the compute dtype.
 
-    Activations are rounded to int8 in the weights' groups and multiplied as integers.
+    On a CPU activations are rounded to int8 in the weights' groups and multiplied as integers; on a GPU, whose tensor
+    cores multiply floats as fast, they are used as they are.
     """
 
-    activations = "int8"
+    def __init__(self, dtype: torch.dtype, device: torch.device, deterministic: bool) -> None:
+        super().__init__(dtype, device, deterministic)
+        self.activations = "int8" if device.type == "cpu" else "none"
 
     def convert(self, part: _Part) -> _Part:
         if isinstance(part, GroupedWeight):
