@@ -153,11 +153,12 @@ def test_a_gate_is_applied_to_the_half_above_it(name: str, act: str) -> None:
     assert relative_error(layer(x), expected) <= 2 * ERRORS[name]
 
 
-MIXED: Sequence[tuple[int, int] | None] = [(4, 32), (8, 32), (4, 64), None]  # bits and group of each part; None: plain
+# Bits and group of each part; None: plain. Q6_K has groups of 16.
+MIXED: Sequence[tuple[int, int] | None] = [(4, 32), (8, 32), (4, 64), None, (8, 16)]
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if QUANT_METHODS.get(name).takes_codes])
-@pytest.mark.parametrize("order", [(0, 1, 2), (1, 1, 0), (0, 3, 0), (3, 2, 2), (3, 3, 3)])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 1, 0), (0, 3, 0), (3, 2, 2), (3, 3, 3), (0, 0, 4)])
 def test_parts_that_are_stored_differently_are_one_layer(name: str, order: tuple[int, ...]) -> None:
     """As in Q4_K_M files, whose v has more bits than q and k."""
     parts: list[Tensor | GroupedWeight] = []
