@@ -34,7 +34,8 @@ void multiply_segmented_panel(const IntegerRows& x, const uint32_t* words, int64
                                   x.starts.data + cell, x.sums.data + cell, words + first / kDepth * kCodePanel,
                                   scales.scales, scales.offsets};
             Prefetch prefetch = prefetch_of(tile.words, tile.words, 0, 1);
-            prefetch.burst = row ? 0 : x.segment / kDepth * kCodePanel * 4 / 64;
+            int64_t run = lesser(x.segment / kDepth, kPrefetchRun);  // words of a column between two bursts
+            prefetch.burst = row ? 0 : run * kCodePanel * 4 / 64;
             multiply_segments<BITS, HAS_SCALES, HAS_OFFSETS, ROWS>(tile, prefetch, totals + row * kCodePanel);
             if (s + count == x.segments) done(row, ROWS);
         });

@@ -199,7 +199,7 @@ struct IntegerRows {
     template <int BITS>
     void fill(const RowSource& source, int centre) {
         constexpr int64_t kRows = 16;  // of one unit of work
-        int64_t step = source.rotation || segment < 64 ? 2 : 4;  // elements that take as long as an elementary step
+        int64_t step = source.rotation || segment < 64 ? 1 : 4;  // elements that take as long as an elementary step
         parallel(quotient_up(m, kRows), m * k / step, [&](int64_t unit) {
             Scratch<float> rotated(source.rotation ? k : 0);
             for (int64_t row = unit * kRows; row < lesser(m, (unit + 1) * kRows); ++row)

@@ -119,9 +119,11 @@ __attribute__((noinline)) void multiply_segments(const SegmentedTile& tile, Pref
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
             for (int v = 0; v < kTileVectors; ++v) dots[r][v] = HAS_OFFSETS ? vi{} : spread(starts + r);
-        prefetch.fetch();
-        for (int64_t end = lesser(i + segment, depth); i < end; i += kDepth, words += kCodePanel)
-            multiply_words<BITS, ROWS>(rows, i, words, dots);
+        for (int64_t end = lesser(i + segment, depth); i < end;) {
+            prefetch.fetch();
+            for (int64_t pause = lesser(end, i + kPrefetchRun * kDepth); i < pause; i += kDepth, words += kCodePanel)
+                multiply_words<BITS, ROWS>(rows, i, words, dots);
+        }
         asm volatile("" ::: "memory");  // scales loaded before the loop would push dots out of the registers
 #pragma GCC unroll 4
         for (int v = 0; v < kTileVectors; ++v) {

@@ -13,15 +13,17 @@ from servd_kernels.linear_w8a8 import PackedWeight, pack, reference
 
 
 @functools.lru_cache(maxsize=1)
-def _weights(depth: int, columns: int, group: int | None) -> list[tuple[torch.Tensor, PackedWeight]]:
+def _weights(
+    depth: int, columns: int, group: int | None, rotation: int | None
+) -> list[tuple[torch.Tensor, PackedWeight]]:
     """The copies of one shape's weight, as torch takes it and packed: the cases of a shape share them."""
     inputs = reference.make_inputs(1, columns, depth)
-    return [(inputs["codes"], pack(inputs["codes"], inputs["scales"], group))]
+    return [(inputs["codes"], pack(inputs["codes"], inputs["scales"], group, rotation=rotation))]
 
 
-def _case(rows: int, depth: int, columns: int, group: int | None) -> Case:
+def _case(rows: int, depth: int, columns: int, group: int | None, rotation: int | None) -> Case:
     def make(index: int) -> tuple[Callable[[], object], Callable[[], object]]:
-        known = _weights(depth, columns, group)
+        known = _weights(depth, columns, group, rotation)
         while len(known) <= index:
             codes, packed = known[0]
             known.append((codes.clone(), dataclasses.replace(packed, data=packed.data.clone())))
@@ -31,9 +33,14 @@ def _case(rows: int, depth: int, columns: int, group: int | None) -> Case:
         x_codes, transposed = torch.randint(-127, 128, x.shape, dtype=torch.int8), codes.T
         return lambda: packed.run(x, packed), lambda: torch._int_mm(x_codes, transposed)
 
-    name = f"{rows}x{depth}x{columns} group {group or 'row'}"
+    name = f"{rows}x{depth}x{columns} group {group or 'row'}{' rotated' if rotation else ''}"
     moved = columns * (depth + 4) + 2 * rows * (columns + depth)
     return Case(name, make, moved, 2 * rows * columns * depth, "int8")
 
 
-CASES = [_case(rows, *shape, group) for group in (None, 64) for shape in SHAPES for rows in ROWS]
+CASES = [
+    _case(rows, *shape, group, rotation)
+    for group, rotation in ((None, None), (None, 64), (64, None))
+    for shape in SHAPES
+    for rows in ROWS
+]

@@ -128,7 +128,7 @@ def launch(
     group = packed.activation_group
     if x_scales is None:
         x, x_scales = triton_gemm_rows.quantize(x, triton_gemm_rows.INT8, group, packed.rotation)
-    tiles = _tiles(arch, group, len(x))
+    tiles = _tiles(arch, group, packed.gated, len(x))
     block = group or triton_gemm.block_for(arch, _DTYPE)
     weight = packed.data[:, : packed.in_features]
     operands: tuple[Any, Any] = (x, weight)
@@ -143,8 +143,9 @@ def launch(
     )  # fmt: skip
 
 
-def _tiles(arch: str, group: int | None, num_rows: int) -> triton_gemm.Tiles:
-    return triton_gemm.tiles_for((triton_gemm.GROUPED if group else triton_gemm.PLAIN)[arch], num_rows)
+def _tiles(arch: str, group: int | None, gated: bool, num_rows: int) -> triton_gemm.Tiles:
+    table = triton_gemm.GROUPED if group else triton_gemm.GATED if gated else triton_gemm.PLAIN
+    return triton_gemm.tiles_for(table[arch], num_rows)
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -161,7 +162,7 @@ def compile_cases() -> Iterator[CompileCase]:
 
 
 def _case(name: str, arch: str, rows: int, group: int | None, gated: bool) -> CompileCase:
-    tiles = _tiles(arch, group, rows)
+    tiles = _tiles(arch, group, gated, rows)
     block = group or triton_gemm.block_for(arch, _DTYPE)
     integers = ("num_rows", "num_columns", "depth", "x_stride", "weight_stride", "residual_stride")
     constants = (

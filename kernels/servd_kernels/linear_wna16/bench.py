@@ -47,7 +47,9 @@ CASES = [
         (4, 128, False, "none"),
         (8, 64, True, "none"),
         (4, 64, True, "int8"),
-        (8, 64, True, "int8"),
+        (4, 32, False, "int8"),  # Q4_1 of GGUF
+        (8, 32, True, "int8"),  # Q8_0
+        (8, 16, True, "int8"),  # Q6_K
     )
     for shape in SHAPES
     for rows in ROWS

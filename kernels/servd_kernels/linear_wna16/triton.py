@@ -366,10 +366,14 @@ def compile_cases() -> Iterator[CompileCase]:
             for rows in triton_gemm.CODED[arch]:
                 yield _case(f"W{bits}A16 groups of {group} {name}", arch, rows, bits, group, form, "none")
         for rows in triton_gemm.SUMMED[arch]:
-            yield _case("W4A8 groups of 128 zeros", arch, rows, 4, 128, Form(half, False, False), "int8")
+            for gated in (False, True):
+                name = f"W4A8 groups of 128 zeros{' gated' if gated else ''}"
+                yield _case(name, arch, rows, 4, 128, Form(half, False, False), "int8", gated)
 
 
-def _case(name: str, arch: str, rows: int, bits: int, group: int, form: Form, activations: str) -> CompileCase:
+def _case(
+    name: str, arch: str, rows: int, bits: int, group: int, form: Form, activations: str, gated: bool = False
+) -> CompileCase:
     tiles = triton_gemm.tiles_for(_table(arch, torch.bfloat16, activations, form.has_minima), rows)
     is_int8 = activations == "int8"
     pointer = POINTERS[torch.bfloat16]
@@ -381,7 +385,7 @@ def _case(name: str, arch: str, rows: int, bits: int, group: int, form: Form, ac
         "out": pointer,
     }
     constants = _choices(bits, group, 4096, form) | dict(triton_gemm.PLAIN_END)
-    constants |= {"IS_GATED": False, "ROWS": tiles.rows, "COLUMNS": tiles.columns}
+    constants |= {"IS_GATED": gated, "ROWS": tiles.rows, "COLUMNS": tiles.columns}
     integers: tuple[str, ...] = ("num_rows", "num_columns", "depth", "x_stride", "residual_stride")
     if is_int8:
         pointers["x_scales"] = "*fp32"
