@@ -35,8 +35,9 @@ class W8A8Weights(QuantMethod):
         self._hadamard = linear.pack(rotate(torch.eye(block, device=self.device), block))
         self._gate = gate
         self.applies_gate = gate is not None
-        self._codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=self.device)
-        self._scales = torch.zeros(out_features, device=self.device)
+        self._shape = (out_features, in_features)
+        self._num_missing = out_features
+        self._unpacked: tuple[Tensor, Tensor] | None = None  # codes [out_features, in_features], scales [out_features]
 
     def checkpoint_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         return {"weight": (out_features, in_features)}
@@ -48,18 +49,28 @@ class W8A8Weights(QuantMethod):
         self._convert(cut(weight, shard.out_features, shard.in_features), shard.offset)
 
     def _convert(self, part: Tensor | GroupedWeight, offset: int) -> None:
+        if self._unpacked is None:
+            codes = torch.zeros(self._shape, dtype=torch.int8, device=self.device)
+            self._unpacked = codes, torch.zeros(self._shape[0], device=self.device)
+        codes, scales = self._unpacked
         for rows, values in float_rows(part):
             own = slice(offset + rows.start, offset + rows.stop)
             values = values.to(self.device)
             if self._rotation:  # as a product: a third of the time of `rotate`; with our kernel: the same bits always
                 blocks = values.reshape(-1, self._rotation)
                 values = linear.linear(blocks, self._hadamard).view_as(values)
-            self._codes[own], self._scales[own] = linear_w8a8.quantize_weight(values)
+            codes[own], scales[own] = linear_w8a8.quantize_weight(values)
+            self._num_missing -= own.stop - own.start
+        if self._num_missing == 0:  # at once: loose codes of all layers would be a second model
+            self.finish_loading()
 
     def finish_loading(self) -> None:
-        self._packed = linear_w8a8.pack(self._codes, self._scales, gated=self.applies_gate, rotation=self._rotation)
+        if self._unpacked is None:
+            return
+        self._packed = linear_w8a8.pack(*self._unpacked, gated=self.applies_gate, rotation=self._rotation)
         self._run = self._packed.run
-        del self._codes, self._scales, self._hadamard  # the packed form is a copy
+        self._unpacked = None
+        del self._hadamard
 
     def apply(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
         return self._run(x, self._packed, bias, out_dtype, None, self._gate)
