@@ -56,6 +56,13 @@ def test_a_row_longer_than_one_walk_is_exact(backend: str) -> None:
     assert torch.equal(linear_w8a8(inputs["x"], pack(codes, scales, None, backend)), expected)
 
 
+def test_no_columns_give_the_bias(backend: str) -> None:
+    if backend == "triton":
+        pytest.skip("its grids begin at one column")
+    packed = pack(torch.zeros(5, 0, dtype=torch.int8), torch.ones(5), None, backend)
+    assert linear_w8a8(torch.ones(3, 0), packed, torch.arange(5.0)).equal(torch.arange(5.0).expand(3, 5))
+
+
 def test_extreme_codes_do_not_saturate(backend: str) -> None:
     codes = torch.full((50, 130), 127, dtype=torch.int8)
     codes[1::2] = -127

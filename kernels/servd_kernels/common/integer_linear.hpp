@@ -22,7 +22,6 @@ void multiply_segmented_panel(const IntegerRows& x, const uint32_t* words, int64
     SegmentScales scales;
     int64_t depth = round_up(x.k, kDepth);
     memset(totals, 0, rows * kCodePanel * sizeof(float));
-    if (x.segments == 0) return done(0, rows);
     for (int64_t s = 0; s < x.segments; s += kPieceSegments) {
         int64_t count = lesser(kPieceSegments, x.segments - s), first = s * x.segment;
         scales_of(s, count, scales);

@@ -6,8 +6,7 @@ namespace SERVD_ISA {
 namespace {
 
 constexpr int64_t kMaxDepth = 4096;  // of one walk down a panel: 4096 codes of 48 columns are 192 KB
-
-constexpr int kCentre = 128;     // what stored codes are too large by
+constexpr int kCentre = 128;         // what stored codes are too large by
 
 // totals [rows][kCodePanel] times a scale of each row (or null) and of each column.
 SERVD_INLINE void scale_rows(float* totals, int64_t rows, const float* row_scales, const float* scales) {
@@ -47,7 +46,7 @@ void unit(const CodedCall& call, const IntegerRows& x, int64_t panel, int64_t fi
                [&](int64_t weight_panel, int64_t first, int64_t rows, float* totals, auto done) {
         const uint32_t* words = call.words + weight_panel * quotient_up(call.k, 4) * kCodePanel;
         const float* scales = static_cast<const float*>(call.scales) + weight_panel * kCodePanel;
-        bool is_whole = x.segments <= 1;
+        bool is_whole = x.segments == 1;
         auto no_scales = [](int64_t, int64_t, SegmentScales&) {};
         auto scaled = [&](int64_t row, int64_t height) {
             scale_rows(totals + row * kCodePanel, height, is_whole ? x.scales.data + first + row : nullptr, scales);

@@ -52,7 +52,7 @@ def run(
     out = torch.empty(rows, packed.out_features, dtype=out_dtype)
     packed.kernel.call(
         x.data_ptr(), x.stride(0), native.DTYPES.get(x.dtype, _CODES), pointer(x_scales), packed.data.data_ptr(),
-        packed.scales.data_ptr(), rows, depth, packed.activation_group or (depth + 63) // 64 * 64,
+        packed.scales.data_ptr(), rows, depth, packed.activation_group or max(64, (depth + 63) // 64 * 64),
         packed.rotation or 0, *end_of(out, bias, residual, activation, packed.gated),
     )  # fmt: skip
     return out
