@@ -21,19 +21,31 @@ class WireModelFiles(msgspec.Struct, array_like=True):
     folder: str
     weights: list[str]
     tensor_index: str | None
+    recommended_sampling: dict[str, float]
+    recommended_quantization: str | None
 
     @classmethod
     def of(cls, files: ModelFiles) -> WireModelFiles:
         """For sending."""
-        index = files.tensor_index
         return cls(
-            files.name, str(files.folder), [str(p) for p in files.weights], None if index is None else str(index)
+            files.name,
+            str(files.folder),
+            [str(path) for path in files.weights],
+            None if files.tensor_index is None else str(files.tensor_index),
+            dict(files.recommended_sampling),
+            files.recommended_quantization,
         )
 
     def to_model_files(self) -> ModelFiles:
-        """As received."""
-        index = None if self.tensor_index is None else Path(self.tensor_index)
-        return ModelFiles(self.name, Path(self.folder), tuple(Path(path) for path in self.weights), index)
+        """As received: equal to what was sent."""
+        return ModelFiles(
+            self.name,
+            Path(self.folder),
+            tuple(Path(path) for path in self.weights),
+            None if self.tensor_index is None else Path(self.tensor_index),
+            self.recommended_sampling,
+            self.recommended_quantization,
+        )
 
 
 class Start(msgspec.Struct, tag=True, array_like=True):
