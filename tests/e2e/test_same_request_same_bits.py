@@ -81,3 +81,14 @@ def test_after_a_forced_preemption(model, alone):
 def test_with_another_number_of_threads(model, alone):
     with LLM(**model, threads=1, **SETTINGS) as llm:
         assert bits(llm.generate([PROMPTS[i] for i in CHOSEN], [sampled(i) for i in CHOSEN])) == alone
+
+
+def test_with_guesses_that_are_right(model):
+    """Greedy answers of a small model repeat themselves: many tokens come several in a step."""
+    greedy = SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True, logprobs=1)
+    prompts = [PROMPTS[i] for i in CHOSEN] + ["Say it again.\n" + "One day a fox met a crow in the wood. " * 3]
+    with LLM(**model, num_speculative_tokens=0, **SETTINGS) as llm:
+        expected = bits(llm.generate(prompts, greedy))
+    with LLM(**model, num_speculative_tokens=15, **SETTINGS) as llm:
+        assert bits(llm.generate(prompts, greedy)) == expected
+        assert sum(step.num_accepted_tokens for step in llm.engine.core.step_log) > 100

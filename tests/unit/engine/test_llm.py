@@ -124,6 +124,7 @@ def test_more_answers_than_the_queue_takes_are_refused_by_name(llm: LLM) -> None
         ({"enable_prefix_caching": 1}, "--enable-prefix-caching"),
         ({"long_prefill_token_threshold": -5}, "--long-prefill-token-threshold"),
         ({"max_num_queued_reqs": 0}, "--max-num-queued-reqs"),
+        ({"num_speculative_tokens": 33}, "--num-speculative-tokens is 33; allowed: 0 .off. to 32"),
         ({"max_worker_restarts": -1}, "--max-worker-restarts"),
         ({"no_such_setting": 1}, "no_such_setting"),
     ],

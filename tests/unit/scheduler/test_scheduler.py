@@ -256,7 +256,7 @@ def granted(plan) -> dict[str, int]:
     return dict(zip(plan.scheduled.request_ids, plan.scheduled.num_draft_tokens, strict=True))
 
 
-def test_drafts_get_what_the_budget_has_left_and_never_go_beyond_the_last_token(make_scheduler, make_request):
+def test_drafts_get_what_is_left_beside_no_prompt_and_never_go_beyond_the_last_token(make_scheduler, make_request):
     scheduler, worker = make_scheduler(max_num_batched_tokens=10, num_speculative_tokens=6), WorkerModel(4)
     scheduler.add(make_request("a", 4, max_tokens=30))
     scheduler.add(make_request("b", 4, max_tokens=30))
