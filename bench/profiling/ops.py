@@ -134,6 +134,11 @@ def _describe_rope(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *
     return f"{op} {row_class(len(q))} x {q.shape[1]} + {k.shape[1]} heads", (moved, 0, "float32")
 
 
+def _describe_embedding(op: str, ids: torch.Tensor, table: torch.Tensor, *rest: Any) -> tuple[str, Cost]:
+    row_bytes = table.shape[1] * table.element_size()
+    return f"{op} {row_class(len(ids))} x {table.shape[1]}", (2 * len(ids) * row_bytes, 0, "float32")
+
+
 def _describe_rows(op: str, *args: Any) -> tuple[str, Cost]:
     tensors = [x for x in args if isinstance(x, torch.Tensor)]
     if not tensors:
@@ -145,6 +150,7 @@ def _describe_rows(op: str, *args: Any) -> tuple[str, Cost]:
 
 
 _DESCRIBE: dict[str, Describe] = {
+    "embedding": _describe_embedding,
     "linear": _describe_linear,
     "linear_fp8": _describe_linear,
     "linear_w8a8": _describe_linear,

@@ -183,7 +183,7 @@ def test_a_server_under_load_is_profiled_op_by_op(tmp_path: Path) -> None:
     assert "### 2 at a time" in done.stdout, done.stderr
     (run,) = json.loads(out.read_text())["runs"]
     assert {"idle", "pack: arrays", "sample", "wire: decode"} <= {row["name"] for row in run["worker"]}
-    assert "linear ≤8 x 64 → 192" in {row["name"] for row in run["kernels"]["rows"]}
+    assert "linear ≤8 x 64 → 96 gated" in {row["name"] for row in run["kernels"]["rows"]}
     assert {"plan: schedule", "output"} <= {row["name"] for row in run["front"]}
     assert run["output_tokens"] > 4 and run["steps"] > 4
     assert ElementTree.parse(tmp_path / "profile-c2.svg").getroot().tag.endswith("svg")
