@@ -58,8 +58,14 @@ def record_ops(recorder: Recorder) -> None:
 def _recorded_op(recorder: Recorder, op: str, bound: Any) -> Any:
     """`bound` is a function, or a dataclass with one as `run`."""
     if dataclasses.is_dataclass(bound) and not isinstance(bound, type):
-        replaced: Any = bound
-        return dataclasses.replace(replaced, run=_recorded_op(recorder, op, replaced.run))
+        pair: Any = bound
+        run = _recorded_op(recorder, op, pair.run)
+
+        def pack(*args: Any, **kwargs: Any) -> Any:
+            packed = pair.pack(*args, **kwargs)  # which may be multiplied by its own `run`
+            return dataclasses.replace(packed, run=run) if hasattr(packed, "run") else packed
+
+        return dataclasses.replace(pair, run=run, pack=pack)
     describe = _DESCRIBE.get(op, _describe_rows)
     begin, end = recorder.begin, recorder.end
 
