@@ -58,14 +58,20 @@ def record_ops(recorder: Recorder) -> None:
 def _recorded_op(recorder: Recorder, op: str, bound: Any) -> Any:
     """`bound` is a function, or a dataclass with one as `run`."""
     if dataclasses.is_dataclass(bound) and not isinstance(bound, type):
-        replaced: Any = bound
-        return dataclasses.replace(replaced, run=_recorded_op(recorder, op, replaced.run))
+        pair: Any = bound
+        run = _recorded_op(recorder, op, pair.run)
+
+        def pack(*args: Any, **kwargs: Any) -> Any:
+            packed = pair.pack(*args, **kwargs)  # which may be multiplied by its own `run`
+            return dataclasses.replace(packed, run=run) if hasattr(packed, "run") else packed
+
+        return dataclasses.replace(pair, run=run, pack=pack)
     describe = _DESCRIBE.get(op, _describe_rows)
     begin, end = recorder.begin, recorder.end
 
     @functools.wraps(bound)
     def recorded(*args: Any, **kwargs: Any) -> Any:
-        label, cost = describe(op, *args)
+        label, cost = describe(op, *args, **kwargs)
         parent = begin(label)
         parent.children[label].costs[cost] += 1
         try:
@@ -81,7 +87,7 @@ def row_class(rows: int) -> str:
     return next((f"≤{most}" if most > 1 else "1" for most in ROW_CLASSES if rows <= most), f">{ROW_CLASSES[-1]}")
 
 
-def _describe_linear(op: str, x: torch.Tensor, packed: Any, *rest: Any) -> tuple[str, Cost]:
+def _describe_linear(op: str, x: torch.Tensor, packed: Any, *rest: Any, **named: Any) -> tuple[str, Cost]:
     key = (len(x), id(packed))
     found = _linear_costs.get(key)
     if found is None:
@@ -117,7 +123,7 @@ class _AttentionCost:
 
     def __call__(
         self, op: str, q: torch.Tensor, kv_cache: torch.Tensor, kv_format: Any, cu_seqlens_q: torch.Tensor,
-        seq_lens: torch.Tensor, *rest: Any,
+        seq_lens: torch.Tensor, *rest: Any, **named: Any,
     ) -> tuple[str, Cost]:  # fmt: skip
         if seq_lens is not self._seq_lens:
             new = cu_seqlens_q.diff().long()
@@ -129,13 +135,20 @@ class _AttentionCost:
         return label, (moved, 4 * self._pairs * heads * head_dim, DTYPE_UNITS[q.dtype])
 
 
-def _describe_rope(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[str, Cost]:
+def _describe_rope(
+    op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **named: Any
+) -> tuple[str, Cost]:
     moved = 2 * (q.numel() + k.numel() + v.numel()) * q.element_size()
     return f"{op} {row_class(len(q))} x {q.shape[1]} + {k.shape[1]} heads", (moved, 0, "float32")
 
 
-def _describe_rows(op: str, *args: Any) -> tuple[str, Cost]:
-    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+def _describe_embedding(op: str, ids: torch.Tensor, table: torch.Tensor, *rest: Any, **named: Any) -> tuple[str, Cost]:
+    row_bytes = table.shape[1] * table.element_size()
+    return f"{op} {row_class(len(ids))} x {table.shape[1]}", (2 * len(ids) * row_bytes, 0, "float32")
+
+
+def _describe_rows(op: str, *args: Any, **named: Any) -> tuple[str, Cost]:
+    tensors = [x for x in (*args, *named.values()) if isinstance(x, torch.Tensor)]
     if not tensors:
         return op, (0, 0, "float32")
     first = tensors[0]
@@ -145,6 +158,7 @@ def _describe_rows(op: str, *args: Any) -> tuple[str, Cost]:
 
 
 _DESCRIBE: dict[str, Describe] = {
+    "embedding": _describe_embedding,
     "linear": _describe_linear,
     "linear_fp8": _describe_linear,
     "linear_w8a8": _describe_linear,

@@ -85,6 +85,7 @@ from servd_kernels import linear, rms_norm
 op = linear.OP.bind("cpu", torch.bfloat16)
 packed = op.pack(torch.randn(96, 64, dtype=torch.bfloat16))
 op(torch.randn(5, 64, dtype=torch.bfloat16), packed)
+packed.run(torch.randn(1, 64, dtype=torch.bfloat16), packed)
 rms_norm.OP.bind("cpu", torch.float32)(torch.randn(3, 64), torch.ones(64), 1e-5)
 print(json.dumps(recorder.snapshot()))
 """
@@ -98,6 +99,7 @@ def test_ops_are_recorded_by_shape_with_bytes_and_operations() -> None:
     assert moved >= 2 * (96 * 64 + 5 * (64 + 96))
     assert (operations, unit, count) == (2 * 5 * 64 * 96, "bfloat16", 1)
     assert child(linear, "native linear")["count"] == 1
+    assert child(tree, "linear 1 x 64 → 96")["count"] == 1  # by the packed weight's own function
     assert child(tree, "rms_norm ≤8 x 64", "native rms_norm")["count"] == 1
 
 
@@ -183,7 +185,7 @@ def test_a_server_under_load_is_profiled_op_by_op(tmp_path: Path) -> None:
     assert "### 2 at a time" in done.stdout, done.stderr
     (run,) = json.loads(out.read_text())["runs"]
     assert {"idle", "pack: arrays", "sample", "wire: decode"} <= {row["name"] for row in run["worker"]}
-    assert "linear ≤8 x 64 → 192" in {row["name"] for row in run["kernels"]["rows"]}
+    assert "linear ≤8 x 64 → 96 gated" in {row["name"] for row in run["kernels"]["rows"]}
     assert {"plan: schedule", "output"} <= {row["name"] for row in run["front"]}
     assert run["output_tokens"] > 4 and run["steps"] > 4
     assert ElementTree.parse(tmp_path / "profile-c2.svg").getroot().tag.endswith("svg")
