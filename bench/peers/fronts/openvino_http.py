@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """A small HTTP front for OpenVINO GenAI's continuous batching: streaming /v1/completions over prompt token ids.
-Runs in the peer's own environment, so it imports nothing of servd; it knows nothing of how it is measured."""
+Runs in the peer's own environment, so it imports nothing of servd; it knows nothing of how it is measured.
+
+Steps and HTTP take turns in one thread: step() holds the interpreter's lock, so that another thread would get its turn
+late or not at all (at 32 requests: tokens in pairs), and another process would take a core from the engine."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import json
-import queue
 import sys
-import threading
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,74 +21,77 @@ from aiohttp import web
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+MAX_NUM_BATCHED_TOKENS = 512
+# Of the event loop between two steps: from a closed answer over a new connection to the request in the pipeline.
+TURNS = 8
 
-@dataclass
+
 class Stream:
-    """One request between the HTTP handler and the thread that steps the pipeline."""
+    """One request's tokens on their way from the pipeline to its answer."""
 
-    prompt_token_ids: list[int]
-    max_tokens: int
-    ignore_eos: bool
-    tokens: asyncio.Queue[list[int] | None] = field(default_factory=asyncio.Queue)  # None: no more will come
-    handle: Any = None
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+        self.tokens: asyncio.Queue[list[int] | None] = asyncio.Queue()  # None: no more will come
+
+    def collect(self) -> bool:
+        """Queue what the last step gave; whether more will come."""
+        while self.handle.can_read():
+            for output in self.handle.read().values():
+                self.tokens.put_nowait(list(output.generated_ids))
+        if self.handle.get_status() == openvino_genai.GenerationStatus.RUNNING:
+            return True
+        self.tokens.put_nowait(None)
+        return False
 
 
-class Stepper(threading.Thread):
-    """Owns the pipeline: admits what arrived, steps, and hands all new tokens over in one wake-up a step."""
+class Engine:
+    """The pipeline and its running requests."""
 
-    def __init__(self, pipeline: Any, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(daemon=True)
-        self.pipeline = pipeline
-        self.eos_token_id = pipeline.get_config().eos_token_id
-        self.loop = loop
-        self.arrivals: queue.SimpleQueue[Stream] = queue.SimpleQueue()
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.cache_size = arguments.cache_gib
+        scheduler.max_num_batched_tokens = MAX_NUM_BATCHED_TOKENS
+        scheduler.max_num_seqs = arguments.max_num_seqs
+        scheduler.dynamic_split_fuse = True
+        scheduler.enable_prefix_caching = True
+        properties = {"INFERENCE_NUM_THREADS": arguments.threads, "INFERENCE_PRECISION_HINT": "bf16"}
+        self.pipeline = openvino_genai.ContinuousBatchingPipeline(str(arguments.folder), scheduler, "CPU", properties)
         self.running: list[Stream] = []
+        self.has_work = asyncio.Event()
         self.next_id = 0
 
-    def run(self) -> None:
-        """Sleep without work; an arrival wakes the thread."""
-        while True:
-            if not self.running:
-                self._admit(self.arrivals.get())
-            while not self.arrivals.empty():
-                self._admit(self.arrivals.get())
-            self.pipeline.step()
-            self.loop.call_soon_threadsafe(self._deliver, self._collect())
-
-    def _admit(self, stream: Stream) -> None:
+    def add(self, prompt_token_ids: list[int], max_tokens: int, ignore_eos: bool) -> Stream:
+        """Take in a request, greedy."""
         config = openvino_genai.GenerationConfig()
-        config.set_eos_token_id(self.eos_token_id)
-        config.max_new_tokens = stream.max_tokens
-        config.ignore_eos = stream.ignore_eos
-        config.do_sample = False
-        prompt = openvino.Tensor(numpy.array([stream.prompt_token_ids], dtype=numpy.int64))
-        stream.handle = self.pipeline.add_request(self.next_id, prompt, config)
+        config.set_eos_token_id(self.pipeline.get_config().eos_token_id)
+        config.max_new_tokens = max_tokens
+        config.ignore_eos = ignore_eos
+        prompt = openvino.Tensor(numpy.array([prompt_token_ids], dtype=numpy.int64))
+        stream = Stream(self.pipeline.add_request(self.next_id, prompt, config))
         self.next_id += 1
         self.running.append(stream)
+        self.has_work.set()
+        return stream
 
-    def _collect(self) -> list[tuple[Stream, list[int] | None]]:
-        news: list[tuple[Stream, list[int] | None]] = []
-        for stream in list(self.running):
-            while stream.handle.can_read():
-                news.extend((stream, list(output.generated_ids)) for output in stream.handle.read().values())
-            if stream.handle.get_status() != openvino_genai.GenerationStatus.RUNNING:
-                news.append((stream, None))
-                self.running.remove(stream)
-        return news
-
-    @staticmethod
-    def _deliver(news: list[tuple[Stream, list[int] | None]]) -> None:
-        for stream, token_ids in news:
-            stream.tokens.put_nowait(token_ids)
+    async def run(self) -> None:
+        """Step, then let the answers out and new requests in; sleep without work."""
+        while True:
+            await self.has_work.wait()
+            self.pipeline.step()
+            self.running = [stream for stream in self.running if stream.collect()]
+            if not self.running:
+                self.has_work.clear()
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
 
 
 class Front:
     """The HTTP handlers."""
 
-    def __init__(self, model: str, tokenizer: Tokenizer, stepper: Stepper) -> None:
+    def __init__(self, model: str, tokenizer: Tokenizer, engine: Engine) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.stepper = stepper
+        self.engine = engine
 
     async def health(self, request: web.Request) -> web.Response:
         """200: the pipeline is loaded."""
@@ -97,18 +100,17 @@ class Front:
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """OpenAI's streaming completion, greedy, one chunk a token, usage in the last chunk."""
         body = await request.json()
-        stream = Stream(list(body["prompt"]), int(body["max_tokens"]), bool(body.get("ignore_eos", False)))
+        prompt = list(body["prompt"])
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        self.stepper.arrivals.put(stream)
+        stream = self.engine.add(prompt, int(body["max_tokens"]), bool(body.get("ignore_eos", False)))
         decode, count = DecodeStream(skip_special_tokens=True), 0
         while (token_ids := await stream.tokens.get()) is not None:
             count += len(token_ids)
             text = "".join(decode.step(self.tokenizer, token_id) or "" for token_id in token_ids)
             await response.write(self._event([{"index": 0, "text": text, "finish_reason": None}]))
         await response.write(self._event([{"index": 0, "text": "", "finish_reason": "length"}]))
-        prompt_tokens = len(stream.prompt_token_ids)
-        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": count, "total_tokens": prompt_tokens + count}
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": count, "total_tokens": len(prompt) + count}
         await response.write(self._event([], usage=usage) + b"data: [DONE]\n\n")
         return response
 
@@ -116,29 +118,16 @@ class Front:
         return b"data: %s\n\n" % json.dumps({"model": self.model, "choices": choices, **more}).encode()
 
 
-def make_pipeline(arguments: argparse.Namespace) -> Any:
-    """Continuous batching with prefix caching, chunked prefill, and compute threads as asked for."""
-    scheduler = openvino_genai.SchedulerConfig()
-    scheduler.cache_size = arguments.cache_gib
-    scheduler.max_num_batched_tokens = 512
-    scheduler.max_num_seqs = arguments.max_num_seqs
-    scheduler.dynamic_split_fuse = True
-    scheduler.enable_prefix_caching = True
-    properties = {"INFERENCE_NUM_THREADS": arguments.threads, "INFERENCE_PRECISION_HINT": "bf16"}
-    return openvino_genai.ContinuousBatchingPipeline(str(arguments.folder), scheduler, "CPU", properties)
-
-
 async def serve(arguments: argparse.Namespace) -> None:
     """Load, then answer until the process is ended."""
-    stepper = Stepper(make_pipeline(arguments), asyncio.get_running_loop())
-    stepper.start()
-    front = Front(arguments.model, Tokenizer.from_file(str(arguments.folder / "tokenizer.json")), stepper)
+    engine = Engine(arguments)
+    front = Front(arguments.model, Tokenizer.from_file(str(arguments.folder / "tokenizer.json")), engine)
     app = web.Application(client_max_size=8 << 20)
     app.add_routes([web.get("/health", front.health), web.post("/v1/completions", front.completions)])
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", arguments.port).start()
-    await asyncio.Event().wait()
+    await engine.run()
 
 
 def main() -> int:
