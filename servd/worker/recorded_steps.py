@@ -24,9 +24,9 @@ Forward = Callable[[Tensor, Tensor, AttentionMetadata, list[Tensor]], Tensor]
 Shape = tuple[int, int]  # tokens, requests
 
 MAX_TOKENS = 256  # of a step that is recorded: in longer ones the interpreter's share is too small to matter
-MAX_RECORDINGS = 256  # the longest unused goes first; each holds some 60 KB
+MAX_RECORDINGS = 512  # the longest unused goes first; each holds some 60 KB
 MAX_COUNTED = 4096  # shapes that were seen once
-SEEN_BEFORE = 3  # times; a recording costs about what it saves in five replays
+SEEN_BEFORE = 1  # times; a recording costs about what it saves in five replays
 
 
 class RecordedSteps:
