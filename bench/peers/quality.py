@@ -10,7 +10,7 @@ import sys
 import msgspec
 
 from bench.peers.base import Home, Peer
-from bench.peers.engines.servd import ServdPeer
+from bench.peers.engines.servd import ServdPeer, model_argument
 from bench.peers.load import ask_all
 from bench.peers.results import Quality
 from servd.cli.eval import encode_question
@@ -42,7 +42,7 @@ class Perplexity:
             return
         result = self._home.folder / "quality" / f"{self._files.name}-{peer.name}.json"
         result.parent.mkdir(parents=True, exist_ok=True)
-        argv = [sys.executable, "-m", "servd.cli", "eval", str(self._files.weights[0]), *peer.flags]
+        argv = [sys.executable, "-m", "servd.cli", "eval", model_argument(self._files), *peer.flags]
         self._home.call("eval", [*argv, "--against", self._against, "--json", str(result)])
         self._against = str(result)
         comparison = msgspec.json.decode(result.read_bytes())["comparison"]

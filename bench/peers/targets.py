@@ -97,7 +97,7 @@ def judge(comparison: Comparison, target: Target) -> Verdict:
     """Measure our row against the best rival that was run."""
     ours = comparison.row(target.ours)
     if target.against == ("*",):
-        rivals = [row for row in comparison.rows if row.name not in OURS and row.rounds]
+        rivals = [row for row in comparison.rows if not row.name.startswith(BEST) and row.rounds]
     else:
         rivals = [row for name in target.against if (row := comparison.row(name)) is not None]
     try:

@@ -117,3 +117,7 @@ def make_request():
         return Request(request_id, tokens, params, max_model_len=400, **kwargs)
 
     return make
+
+
+def shares(plan: SchedulerOutput) -> dict[str, int]:
+    return dict(zip(plan.scheduled.request_ids, plan.scheduled.num_scheduled_tokens, strict=True))
