@@ -1,10 +1,12 @@
 """Owns recorded steps: the native calls of a function, kept with their arguments and run again without Python.
-Does not know models: the CPU's twin of a CUDA graph, for a function of tensors that stay where they are."""
+Does not know models: the CPU's twin of a CUDA graph, but one recording serves steps of any size. It is made from
+samples: what differs between them must be affine in their sizes, and the memory must be the same."""
 
 import ctypes
 import struct
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,13 @@ _NUMBERS = set(
     "__get__ stride size dim is_contiguous data_ptr __len__ numel element_size storage_offset device".split()
 )
 
+# Rows and groups of the runs that a recording is made from: the first three tell how its arguments depend on them, the
+# others prove it. Uncommon numbers, so that nothing else of a model has that size by chance.
+_SAMPLES = ((11, 3), (17, 3), (17, 5), (1, 1), (29, 13))
+
+Step = Callable[[int, int], torch.Tensor]
+Words = np.ndarray[Any, np.dtype[np.int64]]
+
 
 class NotRecordableError(Exception):
     """The function computes something that is not a native call, so that it cannot be recorded."""
@@ -34,11 +43,14 @@ class StepFailedError(RuntimeError):
 
 
 class Arena:
-    """Memory for the tensors that recorded steps make. Steps that never run at once share one: what a step leaves
-    is overwritten by the next."""
+    """Memory for the tensors that a recorded step makes, as large as the largest step needs; what one replay leaves
+    there is overwritten by the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_rows: int) -> None:
+        self._max_rows = max_rows
         self._buffers: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+        self.rows = 0  # of the step that is recorded now: tensors of so many rows get room for `max_rows`
+        self.sizes: list[int] = []  # bytes of each tensor made in it, in order
 
     @property
     def num_bytes(self) -> int:
@@ -48,9 +60,12 @@ class Arena:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor on the smallest buffer that no tensor uses and that is large enough; a new one if there is none."""
         count = int(np.prod(shape, dtype=np.int64))
-        if count == 0:
-            return torch.frombuffer(bytearray(1), dtype=torch.uint8)[:0].view(dtype).view(shape)
         size = count * dtype.itemsize
+        if len(shape) > 0 and shape[0] == self.rows:
+            size = size // self.rows * self._max_rows
+        self.sizes.append(size)
+        if count == 0:
+            raise NotRecordableError("it makes a tensor without elements")
         for buffer in self._buffers:
             # A tensor holds a reference to its buffer for as long as it or a view of it lives.
             if buffer.size >= size and sys.getrefcount(buffer) == 3:  # the list's, this name's, the argument's
@@ -60,6 +75,16 @@ class Arena:
             self._buffers.append(buffer)
             self._buffers.sort(key=lambda buffer: buffer.size)
         return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` [rows, ...], with all the rows that its buffer has room for: the memory is then never reused."""
+        address = tensor.data_ptr()
+        for buffer in self._buffers:
+            if buffer.ctypes.data == address:
+                shape = (self._max_rows, *tensor.shape[1:])
+                count = int(np.prod(shape, dtype=np.int64))
+                return torch.frombuffer(buffer, dtype=tensor.dtype, count=count).view(shape)
+        raise NotRecordableError("its result is not a tensor that it made")
 
 
 def _aligned(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -98,21 +123,80 @@ class _Allocations(TorchFunctionMode):
         return result
 
 
-class Recorder:
-    """Records functions, one at a time, on one arena."""
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """The calls of one recorded run."""
 
-    def __init__(self) -> None:
-        self._arena = Arena()
+    sizes: tuple[int, ...]  # what its program may depend on
+    program: np.ndarray[Any, np.dtype[np.int64]]
+    memory: tuple[int, ...]  # bytes of each tensor that it made
+    output: int  # address
 
-    def __call__(self, step: Callable[[], torch.Tensor]) -> "Recording":
-        """Run `step` once, recording. What it reads must stay where it is.
 
-        Raises NotRecordableError, and what `step` raises.
+class Recording:
+    """The native calls of `step(rows, groups)`, for any number of either.
+
+    A replay writes to the memory of the one before, its result included.
+    """
+
+    def __init__(self, step: Step, max_rows: int) -> None:
+        """Runs `step` several times, on as few rows as tell enough; what it reads must stay where it is.
+
+        Its result is [rows, ...], and so are the tensors that it makes, or they do not depend on its sizes. Raises
+        NotRecordableError, and what `step` raises.
         """
+        loaded = native.library()
+        assert loaded is not None, "a recording without the library"
+        self._replay = loaded.replay
+        self._arena = Arena(max_rows)
+        step(*_SAMPLES[0])  # as usual: what is made once, when it is first needed, is there from now on
+        self._record(step, *_SAMPLES[0])  # finds out what memory is needed: from now on it is given out alike
+        samples = [self._record(step, rows, groups) for rows, groups in _SAMPLES]
+        self._num_calls = self._calls
+        self._constant, self._by_rows, self._by_groups = _fit(samples)
+        self._program = samples[0].program.copy()
+        self._address = self._program.ctypes.data
+        self._varying = np.flatnonzero(self._by_rows | self._by_groups)
+        self._constant, self._by_rows, self._by_groups = (
+            part[self._varying] for part in (self._constant, self._by_rows, self._by_groups)
+        )
+
+    def replay(self, rows: int, groups: int) -> torch.Tensor:
+        """What `step(rows, groups)` does and returns. Raises StepFailedError where a call reports a fault."""
+        self._program[self._varying] = self._constant + self._by_rows * rows + self._by_groups * groups
+        fault = self._replay(self._address, self._num_calls)
+        if fault >= 0:
+            raise StepFailedError(f"call {fault} of {self._num_calls} of a recorded step reported a fault")
+        return self._output[:rows]
+
+    def _record(self, step: Step, rows: int, groups: int) -> _Sample:
         program: list[bytes] = []
+        self._arena.rows, self._arena.sizes = rows, []
+        self._output = torch.empty(0)  # the last sample's: its memory is free again
         with _Allocations(self._arena), native.intercept(lambda function: _recorded(function, program)):
-            output = step()
-        return Recording(b"".join(program), len(program), output, self._arena)
+            output = step(rows, groups)
+        self._calls = len(program)
+        self._output = self._arena.whole(output)
+        words = np.frombuffer(b"".join(program), np.int64)
+        return _Sample((rows, groups), words, tuple(self._arena.sizes), output.data_ptr())
+
+
+def _fit(samples: list[_Sample]) -> tuple[Words, Words, Words]:
+    """Each word of the program as constant + by_rows * rows + by_groups * groups; the later samples prove it."""
+    first, more_rows, more_groups = samples[:3]
+    for sample in samples[1:]:
+        alike = sample.memory == first.memory and sample.output == first.output
+        if not alike or len(sample.program) != len(first.program):
+            raise NotRecordableError(f"its calls or its memory are others for {sample.sizes} than for {first.sizes}")
+    (rows, groups), step_rows = first.sizes, more_rows.sizes[0] - first.sizes[0]
+    by_rows = (more_rows.program - first.program) // step_rows
+    by_groups = (more_groups.program - more_rows.program) // (more_groups.sizes[1] - groups)
+    constant = first.program - by_rows * rows - by_groups * groups
+    for sample in samples:
+        fitted = constant + by_rows * sample.sizes[0] + by_groups * sample.sizes[1]
+        if not np.array_equal(fitted, sample.program):
+            raise NotRecordableError(f"an argument is not affine in the sizes {sample.sizes}")
+    return constant, by_rows, by_groups
 
 
 def _recorded(function: native.Function, program: list[bytes]) -> Callable[..., int]:
@@ -139,26 +223,3 @@ def _slots_address(function: native.Function) -> int | None:
     except AttributeError:
         return None
     return ctypes.cast(found, ctypes.c_void_p).value
-
-
-class Recording:
-    """A recorded step. Its output is overwritten by each replay, and by other recordings of the same recorder."""
-
-    __slots__ = ("_address", "_arena", "_program", "_replay", "num_calls", "output")
-
-    def __init__(self, program: bytes, num_calls: int, output: torch.Tensor, arena: Arena) -> None:
-        loaded = native.library()
-        assert loaded is not None, "a recorded step without the library"
-        self._program = np.frombuffer(program, np.int64)
-        self._address = self._program.ctypes.data
-        self._arena = arena  # the calls write to its memory
-        self._replay = loaded.replay
-        self.num_calls = num_calls
-        self.output = output
-
-    def replay(self) -> torch.Tensor:
-        """Do the same work again. Raises StepFailedError where a call reports a fault."""
-        fault = self._replay(self._address, self.num_calls)
-        if fault >= 0:
-            raise StepFailedError(f"call {fault} of {self.num_calls} of a recorded step reported a fault")
-        return self.output

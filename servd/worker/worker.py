@@ -69,7 +69,10 @@ class Worker:
         max_blocks = -(-self.max_model_len // self.kv_cache.block_size)
         forward, caches = self.model.forward, self.kv_cache.layers
         if self.device.type == "cpu" and config.model.replay_steps and native.library() is not None:
-            return RecordedSteps(forward, caches, max_num_seqs=max_num_seqs, max_blocks=max_blocks)
+            return RecordedSteps(
+                forward, caches, max_tokens=config.scheduler.max_num_batched_tokens, max_num_seqs=max_num_seqs,
+                max_blocks=max_blocks,
+            )  # fmt: skip
         if self.device.type == "cuda" and config.model.replay_steps:
             return DecodeGraphs(
                 forward, caches, max_num_seqs=max_num_seqs, max_blocks=max_blocks, device=self.device,

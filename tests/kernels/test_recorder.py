@@ -6,22 +6,25 @@ from collections.abc import Callable
 import pytest
 import torch
 from servd_kernels import linear, native, rms_norm, silu_and_mul
-from servd_kernels.recorder import Arena, NotRecordableError, Recorder, StepFailedError
+from servd_kernels.recorder import NotRecordableError, Recording, StepFailedError
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.missing_reason()))
 
+MAX_ROWS = 40
+Step = Callable[[int, int], torch.Tensor]
 
-def make_step(dtype: torch.dtype, rows: int = 5) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
-    """x and a function of it: norm, a projection, the gate, a projection back, all added up four times."""
+
+def make_step(dtype: torch.dtype) -> tuple[torch.Tensor, Step]:
+    """x [MAX_ROWS, 64] and a function of its first rows: norm, projection, gate, projection back, four times."""
     torch.manual_seed(0)
-    x = torch.randn(rows, 64).to(dtype)
+    x = torch.randn(MAX_ROWS, 64).to(dtype)
     norm_weight = torch.rand(64).to(dtype)
     up = linear.pack(torch.randn(256, 64).to(dtype))
     down = linear.pack(torch.randn(64, 128).to(dtype))
 
-    def step() -> torch.Tensor:
-        residual = x
-        hidden = rms_norm.rms_norm(x, norm_weight, 1e-5)
+    def step(rows: int, groups: int) -> torch.Tensor:
+        residual = x[:rows]
+        hidden = rms_norm.rms_norm(residual, norm_weight, 1e-5)
         for _ in range(4):
             wide = linear.linear(hidden, up).view(rows, 4, 64)
             out = linear.linear(silu_and_mul.silu_and_mul(wide.view(rows, 256)), down)
@@ -34,39 +37,39 @@ def make_step(dtype: torch.dtype, rows: int = 5) -> tuple[torch.Tensor, Callable
 @pytest.mark.parametrize("isa", native.isas())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.inference_mode()
-def test_a_replay_reads_what_its_inputs_hold_now(isa: str, dtype: torch.dtype) -> None:
+def test_a_replay_of_any_size_reads_what_its_inputs_hold_now(isa: str, dtype: torch.dtype) -> None:
     native.select_isa(isa)
     try:
         x, step = make_step(dtype)
-        expected = step()
-        recording = Recorder()(step)
-        assert torch.equal(recording.output, expected)
-        for scale in (0.5, -3.0):
-            x.mul_(scale).add_(1)
-            assert torch.equal(recording.replay(), step())
+        recording = Recording(step, MAX_ROWS)
+        for rows in (1, 2, 11, 39, MAX_ROWS, 3, 17):
+            x.mul_(-0.9).add_(0.1)
+            assert torch.equal(recording.replay(rows, 1), step(rows, 1))
     finally:
         native.select_isa(native.isas()[0])
 
 
 @torch.inference_mode()
 def test_a_recording_keeps_its_instruction_set() -> None:
-    x, step = make_step(torch.float32)
-    recording = Recorder()(step)
-    expected = step()
+    _, step = make_step(torch.float32)
+    recording = Recording(step, MAX_ROWS)
+    expected = step(7, 1)
     native.select_isa("portable")
     try:
-        assert torch.equal(recording.replay(), expected)
+        assert torch.equal(recording.replay(7, 1), expected)
     finally:
         native.select_isa(native.isas()[0])
 
 
 @torch.inference_mode()
-def test_recordings_of_one_recorder_do_not_disturb_each_other() -> None:
-    record = Recorder()
-    steps = [make_step(torch.float32, rows)[1] for rows in (1, 7, 3)]
-    recordings = [record(step) for step in steps]
-    for recording, step in [*zip(recordings, steps, strict=True)] * 2:
-        assert torch.equal(recording.replay(), step())
+def test_replays_do_not_touch_the_memory_of_others() -> None:
+    _, step = make_step(torch.float32)
+    recording = Recording(step, MAX_ROWS)
+    kept = recording.replay(5, 1).clone()
+    others = [torch.full((64, 64), 3.0) for _ in range(200)]
+    recording.replay(MAX_ROWS, 1)
+    assert torch.equal(recording.replay(5, 1), kept)
+    assert all(bool((other == 3).all()) for other in others)
 
 
 @pytest.mark.parametrize(
@@ -83,55 +86,73 @@ def test_recordings_of_one_recorder_do_not_disturb_each_other() -> None:
     ],
 )
 def test_work_of_torchs_own_is_refused(work: Callable[[torch.Tensor], object]) -> None:
-    x = torch.ones(4, 4)
+    x, step = make_step(torch.float32)
 
-    def step() -> torch.Tensor:
-        work(x)
-        return x
+    def other(rows: int, groups: int) -> torch.Tensor:
+        work(x[:4, :4])
+        return step(rows, groups)
 
     with pytest.raises(NotRecordableError, match="torch's"):
-        Recorder()(step)
+        Recording(other, MAX_ROWS)
 
 
 def test_functions_that_cannot_be_recorded_are_named() -> None:
     weight = torch.randn(8, 64)
+    _, step = make_step(torch.float32)
 
-    def step() -> torch.Tensor:
+    def other(rows: int, groups: int) -> torch.Tensor:
         linear.pack(weight)
-        return weight
+        return step(rows, groups)
 
     with pytest.raises(NotRecordableError, match="linear_packed_size"):
-        Recorder()(step)
+        Recording(other, MAX_ROWS)
+
+
+@pytest.mark.parametrize("scratch", [lambda rows: (2 * rows, 8), lambda rows: (8, rows), lambda rows: (rows // 2 + 1,)])
+def test_memory_that_grows_otherwise_than_by_rows_is_refused(scratch: Callable[[int], tuple[int, ...]]) -> None:
+    """A replay of more rows would write beyond it."""
+    _, step = make_step(torch.float32)
+
+    def other(rows: int, groups: int) -> torch.Tensor:
+        torch.empty(scratch(rows))
+        return step(rows, groups)
+
+    with pytest.raises(NotRecordableError, match="memory"):
+        Recording(other, MAX_ROWS)
+
+
+def test_calls_that_depend_on_the_size_are_refused() -> None:
+    _, step = make_step(torch.float32)
+
+    def other(rows: int, groups: int) -> torch.Tensor:
+        return step(rows if rows < 20 else 20, groups)
+
+    with pytest.raises(NotRecordableError):
+        Recording(other, MAX_ROWS)
+
+
+def test_a_result_that_lies_elsewhere_is_refused() -> None:
+    x, _ = make_step(torch.float32)
+    with pytest.raises(NotRecordableError, match="result"):
+        Recording(lambda rows, groups: x[:rows], MAX_ROWS)
 
 
 @torch.inference_mode()
 def test_a_fault_in_a_replay_is_reported() -> None:
     packed = linear.pack(torch.randn(8, 64))
-    ids = torch.tensor([1, 3])
-    recording = Recorder()(lambda: packed.rows(ids))
-    assert torch.equal(recording.replay(), packed.rows(ids))
+    ids = torch.arange(MAX_ROWS) % 8
+    recording = Recording(lambda rows, groups: packed.rows(ids[:rows]), MAX_ROWS)
+    assert torch.equal(recording.replay(3, 1), packed.rows(ids[:3]))
     ids[1] = 8
     with pytest.raises(StepFailedError, match="call 0 of 1"):
-        recording.replay()
+        recording.replay(2, 1)
+    assert torch.equal(recording.replay(1, 1), packed.rows(ids[:1]))
 
 
+@torch.inference_mode()
 def test_kernels_work_as_ever_after_a_recording_that_failed() -> None:
-    x, step = make_step(torch.float32)
-    with torch.inference_mode():
-        expected = step()
-        with pytest.raises(NotRecordableError):
-            Recorder()(lambda: step() + 1)
-        assert torch.equal(step(), expected)
-
-
-def test_an_arena_reuses_memory_that_nothing_holds() -> None:
-    arena = Arena()
-    first = arena.empty((4, 100), torch.float32)
-    view = first[1:].flatten()
-    del first
-    second = arena.empty((4, 100), torch.float32)
-    assert second.data_ptr() != view.data_ptr() - 400 and arena.num_bytes == 3200
-    del view
-    third = arena.empty((100,), torch.bfloat16)
-    assert third.data_ptr() != second.data_ptr() and arena.num_bytes == 3200
-    assert third.data_ptr() % 64 == 0 and arena.empty((0, 4), torch.float32).shape == (0, 4)
+    _, step = make_step(torch.float32)
+    expected = step(5, 1)
+    with pytest.raises(NotRecordableError):
+        Recording(lambda rows, groups: step(rows, groups) + 1, MAX_ROWS)
+    assert torch.equal(step(5, 1), expected)

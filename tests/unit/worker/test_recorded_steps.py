@@ -21,11 +21,11 @@ from tests.unit.worker.tiny_llama import write_tiny_llama
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.missing_reason()))
 
 CPU = torch.device("cpu")
-MAX_SEQS, MAX_LEN = 12, 96
+MAX_SEQS, MAX_LEN, MAX_TOKENS = 12, 96, 64
 
 
 class Runner:
-    """A real model; `forwards` counts how often Python ran its layers."""
+    """A real model; `forwards` counts how often Python ran its layers, recording aside."""
 
     def __init__(self, folder: Path, *, recorded: bool, kv: str = "auto", is_native: bool = True) -> None:
         folder.mkdir(exist_ok=True)
@@ -34,13 +34,18 @@ class Runner:
         for layer in self.cache.layers:
             layer[1:] = 0xFF
         self.forwards = 0
+        run_layers = model.forward
 
         def forward(ids: Tensor, positions: Tensor, metadata: AttentionMetadata, caches: list[Tensor]) -> Tensor:
             self.forwards += 1
-            hidden = model.forward(ids, positions, metadata, caches)
+            hidden = run_layers(ids, positions, metadata, caches)
             return hidden if is_native else hidden + 0
 
-        self.steps = RecordedSteps(forward, self.cache.layers, max_num_seqs=MAX_SEQS, max_blocks=MAX_LEN // 4)
+        model.forward = forward  # type: ignore[method-assign]
+        self.steps = RecordedSteps(
+            forward, self.cache.layers, max_tokens=MAX_TOKENS, max_num_seqs=MAX_SEQS, max_blocks=MAX_LEN // 4
+        )
+        self.forwards = 0
         self.runner = ModelRunner(
             model, self.cache, max_num_seqs=MAX_SEQS, max_model_len=MAX_LEN, device=CPU,
             graphs=self.steps if recorded else None,
@@ -67,20 +72,25 @@ def test_same_tokens_and_same_cache_as_without(tmp_path: Path, kv: str) -> None:
     assert recorded.run_mixed() == plain.run_mixed()
     for ours, theirs in zip(recorded.cache.layers, plain.cache.layers, strict=True):
         assert torch.equal(ours, theirs)  # the null block and unwritten slots included
-    assert recorded.steps.num_recordings > 1
-    assert plain.steps.num_recordings == 0
-
-
-def test_a_shape_that_comes_again_needs_no_interpreter(tmp_path: Path) -> None:
-    runner = Runner(tmp_path, recorded=True)
-    runner.driver.add("r", [1, 2, 3])
-    for _ in range(40):
-        runner.driver.step_all()
-    assert runner.forwards < 8
-    assert runner.steps.num_recordings == 1
+    assert recorded.forwards == 1  # the first step is longer than MAX_TOKENS
+    assert plain.forwards > 20
 
 
 def test_a_model_that_computes_in_torch_runs_as_usual(tmp_path: Path) -> None:
     plain, other = Runner(tmp_path / "a", recorded=False), Runner(tmp_path / "b", recorded=True, is_native=False)
+    assert not other.steps.is_recorded
     assert other.run_mixed() == plain.run_mixed()
-    assert other.steps.num_recordings == 0
+
+
+def test_a_step_with_a_fault_is_left_to_the_usual_way(tmp_path: Path) -> None:
+    """Which says what is wrong."""
+    runner = Runner(tmp_path, recorded=True)
+    runner.driver.add("r", [1, 2, 3])
+    plan = runner.driver.plan({"r": 0})
+    runner.runner.batch.apply(plan)
+    packed = runner.runner.batch.pack(plan.scheduled)
+    packed.positions[1] = 10**6
+    with torch.inference_mode():
+        assert runner.steps.run(packed) is None
+        packed.positions[1] = 1
+        assert runner.steps.run(packed) is not None
