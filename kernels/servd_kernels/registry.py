@@ -70,7 +70,7 @@ class Op:
         """
         asked = backend or os.environ.get(BACKEND_VARIABLE)
         reasons: dict[str, str] = {}
-        for name in [asked] if asked else self._candidates(device):
+        for name in [asked] if asked else self.candidates(device):
             reason = self.reason_against(name, device, dtype, **axes)
             if reason is None:
                 reasons.pop("library", None)  # left out by choice: no reason to speak of
@@ -84,7 +84,7 @@ class Op:
             + f"; known: {', '.join(self.backends())}"
         )
 
-    def _candidates(self, device: str) -> list[str]:
+    def candidates(self, device: str) -> list[str]:
         """For the automatic choice. On a CPU our own kernels beat the vendor's, and Triton is only interpreted there:
         for tests, when asked by name."""
         if torch.device(device).type != "cpu":

@@ -112,7 +112,7 @@ class Worker:
 
 def kernel_backend(device: torch.device, dtype: torch.dtype, kv_format: KVFormat) -> str:
     """Which kernels serve this device, e.g. 'cpu (avx512)', judged by paged attention."""
-    for name in PAGED_ATTENTION.backends():
+    for name in PAGED_ATTENTION.candidates(device.type):
         if PAGED_ATTENTION.reason_against(name, device.type, dtype, kv_format=kv_format) is None:
             library = native.library() if name == "cpu" else None
             return f"{name} ({library.isa})" if library else name
