@@ -122,7 +122,10 @@ class Bench:
         from bench.profiling.costs import model_cost
         from servd import LLM
 
-        self.llm: LLM = LLM(**settings, threads=threads, max_num_seqs=max_num_seqs, enable_prefix_caching=True)
+        # Without guesses: a point is a step in which each request computes one token.
+        self.llm: LLM = LLM(
+            **settings, threads=threads, max_num_seqs=max_num_seqs, enable_prefix_caching=True, num_speculative_tokens=0
+        )
         model = self.llm.engine.executor._worker.model  # type: ignore[attr-defined] # what has no public face
         self.cost: ModelCost = model_cost(model)
         self.threads = threads or 0
@@ -165,7 +168,10 @@ class Bench:
 
     def decode(self, x: int, count: int, context: int, answer: int, prompts: list[list[int]] | None = None) -> Point:
         """The median step in which `count` requests get a token each."""
-        steps = self._steps(prompts or self.prompts(count, context), max(answer, FEWEST_TOKENS))
+        # The first answers must not end before the last prompt is computed, with half the budget or more.
+        budget = self.llm.engine.config.scheduler.max_num_batched_tokens
+        answer = max(answer, FEWEST_TOKENS) + (2 * count * context // budget if count > 1 else 0)
+        steps = self._steps(prompts or self.prompts(count, context), answer)
         whole = [s.compute_seconds for s in steps if s.num_decode_tokens == count and not s.num_prefill_tokens]
         seconds = statistics.median(whole[len(whole) // 4 :])  # the first ones of a shape may be recorded
         keys = context + answer / 2
