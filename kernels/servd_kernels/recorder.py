@@ -52,11 +52,6 @@ class Arena:
         self.rows = 0  # of the step that is recorded now: tensors of so many rows get room for `max_rows`
         self.sizes: list[int] = []  # bytes of each tensor made in it, in order
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held."""
-        return sum(buffer.size for buffer in self._buffers)
-
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor on the smallest buffer that no tensor uses and that is large enough; a new one if there is none."""
         count = int(np.prod(shape, dtype=np.int64))
