@@ -60,7 +60,7 @@ GATED: dict[str, Table] = {  # columns of the gate, and as many of the up matrix
 GROUPED: dict[str, Table] = {  # two accumulators: a group's sum, and the total
     "sm_80": {16: Tiles(32, 16, 4, 6), 64: Tiles(64, 64, 4, 4), MANY: Tiles(128, 128, 8, 4)},
     "sm_90": {16: Tiles(64, 16, 4, 8), 64: Tiles(64, 64, 4, 5), MANY: Tiles(128, 128, 8, 4)},
-    "sm_100": {16: Tiles(32, 16, 4, 8), 64: Tiles(64, 64, 4, 5), MANY: Tiles(128, 64, 8, 4)},
+    "sm_100": {16: Tiles(64, 16, 8, 8), 64: Tiles(64, 64, 4, 5), MANY: Tiles(128, 64, 8, 4)},
     "gfx942": {16: Tiles(64, 16, 4, 2), 64: Tiles(64, 64, 4, 2), MANY: Tiles(128, 128, 8, 2)},
     INTERPRETER: {16: Tiles(128, 16, 4, 1), 64: Tiles(128, 64, 4, 1), MANY: Tiles(128, 128, 4, 1)},
 }
