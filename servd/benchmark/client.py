@@ -150,7 +150,7 @@ class _Stream:
             return
         try:
             event = _EVENTS.decode(event_json)
-        except msgspec.DecodeError as error:
+        except ValueError as error:  # no JSON, other JSON, or no UTF-8
             raise RequestFailed("event", f"{error}: {event_json[:MAX_MESSAGE]!r}") from None
         if event.error is not None:
             has_message = isinstance(event.error, dict) and "message" in event.error

@@ -128,7 +128,7 @@ def read_report(path: Path) -> Report:
     """Raises ConfigError for what is no report."""
     try:
         report = msgspec.json.decode(path.read_bytes(), type=Report)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is no result of servd bench: {error}") from None
     if report.format != FORMAT:
         raise ConfigError(f"{path} has the format {report.format!r}; allowed: {FORMAT!r}")

@@ -60,7 +60,7 @@ def _models(body: bytes, url: str) -> list[dict[str, Any]]:
         listed = msgspec.json.decode(body)["data"]
         if listed and all("id" in entry for entry in listed):
             return list(listed)
-    except (msgspec.DecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         pass
     raise RequestFailedError(f"{url}/v1/models lists no model: {body[:200]!r}")
 
@@ -90,13 +90,14 @@ async def _tokenize(session: aiohttp.ClientSession, server: Server, text: str) -
         {"model": server.model, "prompt": text, "add_special_tokens": False},
         {"content": text, "add_special": False},
     ):
-        async with session.post(f"{server.url}/tokenize", data=msgspec.json.encode(body)) as response:
+        json = msgspec.json.encode(body)
+        async with session.post(f"{server.url}/tokenize", data=json, allow_redirects=False) as response:
             data = await response.read()
             if response.status != 200:
                 continue
         try:
             tokens = msgspec.json.decode(data)["tokens"]
-        except (msgspec.DecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             continue
         if tokens and all(isinstance(token, int) for token in tokens):
             return list(tokens)

@@ -47,7 +47,7 @@ def test_a_closed_loop_answers_every_request_with_the_tokens_asked(servd):
 
 
 def test_fresh_first_tokens_are_sent_and_what_follows_is_as_it_was(servd):
-    asyncio.run(run_closed_loop(servd.url + "/v1/", "fake", ONE * 1, 1, salt=5))
+    asyncio.run(run_closed_loop(servd.url + "/v1/", "fake", ONE, 1, salt=5))
     first = [new.token_ids for plan in servd.fake.executor.plans for new in plan.new_requests]
     assert len(first) == 1
     assert list(first[0][2:3]) == [67]
@@ -123,6 +123,7 @@ def test_half_a_character_is_a_token_and_a_role_is_none():
         ((text_event("a"),), "cut off", "without a finish reason"),
         ((event({"choices": [{"index": 0, "text": "", "finish_reason": "stop"}]}), DONE), "empty", "no token"),
         ((b"data: {broken\n\n",), "event", "broken"),
+        ((b'data: {"choices": [{"text": "\xc3"}]}\n\n',), "event", "utf-8"),
     ],
 )
 def test_an_answer_that_is_not_whole_is_an_error_of_its_kind(parts, kind, message):

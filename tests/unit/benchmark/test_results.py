@@ -83,7 +83,7 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path):
     assert machine["cores"] >= 1 and machine["cpu"] and machine["python"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"command": "\xff"}'])
 def test_what_is_no_report_is_told(tmp_path, content):
     (tmp_path / "r.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"r\.json is no result of servd bench"):
