@@ -9,7 +9,7 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -20,7 +20,6 @@ from servd.errors import ConfigError
 
 Tokenize = Callable[[list[str]], Awaitable[list[list[int]]]]
 KNOWN = 'conversations ("from", "value"), messages ("role", "content"), or prompt (or prompt_token_ids), output_tokens'
-_JSON = msgspec.json.Decoder()
 ASKING = ("human", "user")
 ANSWERING = ("gpt", "assistant", "chatgpt", "bing", "bard")
 
@@ -34,40 +33,53 @@ class Exchange:
     output_tokens: int | None = None
 
 
+class _Turn(msgspec.Struct, rename={"who": "from", "text": "value"}):
+    who: str
+    text: Any = None  # no str: a picture, a tool's call
+
+
+class _Message(msgspec.Struct, rename={"who": "role", "text": "content"}):
+    who: str
+    text: Any = None
+
+
+class _Entry(msgspec.Struct):
+    conversations: list[_Turn] = []
+    messages: list[_Message] = []
+    prompt: str = ""
+    prompt_token_ids: tuple[int, ...] = ()
+    output_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+
 def read_dataset(path: Path) -> list[Exchange]:
     """Each entry's first question and the answer to it. Raises ConfigError for a file of another shape."""
+    decoder = msgspec.json.Decoder(_Entry)
     try:
         data = path.read_bytes()
         is_array = data.lstrip().startswith(b"[")
-        entries = _JSON.decode(data) if is_array else _JSON.decode_lines(data)
-        exchanges = [exchange for entry in entries if (exchange := _exchange(entry)) is not None]
-    except (OSError, msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
-        detail = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ConfigError(f"--dataset {path}: {detail}; allowed: entries with {KNOWN}") from None
+        entries = msgspec.json.decode(data, type=list[_Entry]) if is_array else decoder.decode_lines(data)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--dataset {path}: {error}; allowed: entries with {KNOWN}") from None
+    exchanges = [exchange for entry in entries if (exchange := _exchange(entry)) is not None]
     if not exchanges:
         raise ConfigError(f"--dataset {path} holds no question; allowed: entries with {KNOWN}")
     return exchanges
 
 
-def _exchange(entry: dict[str, Any]) -> Exchange | None:
-    """None for a conversation that does not begin with a question and its answer."""
-    if "conversations" in entry:
-        return _first_exchange([(turn["from"], turn["value"]) for turn in entry["conversations"]])
-    if "messages" in entry:
-        return _first_exchange([(turn["role"], turn["content"]) for turn in entry["messages"]])
-    prompt = tuple(map(int, entry["prompt_token_ids"])) if "prompt_token_ids" in entry else str(entry["prompt"])
-    output_tokens = entry.get("output_tokens")
-    if output_tokens is not None and not (isinstance(output_tokens, int) and output_tokens > 0):
-        raise ValueError(f"output_tokens is {output_tokens!r}")
-    return Exchange(prompt, output_tokens=output_tokens) if prompt else None
+def _exchange(entry: _Entry) -> Exchange | None:
+    """None for a conversation that does not begin with a question in words, and for an empty prompt."""
+    if turns := entry.conversations or entry.messages:
+        return _first_exchange([turn for turn in turns if turn.who != "system"])
+    prompt = entry.prompt_token_ids or entry.prompt
+    return Exchange(prompt, output_tokens=entry.output_tokens) if prompt else None
 
 
-def _first_exchange(turns: Sequence[tuple[str, str]]) -> Exchange | None:
-    spoken = [(who, text) for who, text in turns if who != "system"]
-    if not spoken or spoken[0][0] not in ASKING or not spoken[0][1].strip():
+def _first_exchange(turns: Sequence[_Turn | _Message]) -> Exchange | None:
+    texts = [turn.text if isinstance(turn.text, str) else "" for turn in turns[:2]]
+    if not turns or turns[0].who not in ASKING or not texts[0].strip():
         return None
-    has_answer = len(spoken) > 1 and spoken[1][0] in ANSWERING
-    return Exchange(spoken[0][1], answer=spoken[1][1] if has_answer else None)
+    has_answer = len(turns) > 1 and turns[1].who in ANSWERING
+    return Exchange(texts[0], answer=texts[1] or None if has_answer else None)
 
 
 async def dataset_requests(

@@ -155,6 +155,8 @@ SHAREGPT = [
     {"id": "x", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That, of course."}]},
     {"id": "y", "conversations": [{"from": "gpt", "value": "I begin."}]},
     {"messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Who?"}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a picture"}}]}]},
+    {"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": None, "tool_calls": []}]},
 ]
 LINES = [{"prompt": "How", "output_tokens": 5}, {"prompt_token_ids": [4, 5, 6], "prompt": "text", "output_tokens": 7}]
 
@@ -167,11 +169,11 @@ def test_conversations_become_their_first_question_with_the_answers_length(tmp_p
     (tmp_path / "file").write_text(json.dumps(SHAREGPT))
     exchanges = read_dataset(tmp_path / "file")
     requests = asyncio.run(dataset_requests(exchanges, 10, tokenize=byte_tokens))
-    assert [r.prompt for r in requests] == [tuple(b"What?"), tuple(b"Who?")]
+    assert [r.prompt for r in requests] == [tuple(b"What?"), tuple(b"Who?"), tuple(b"Where?")]
     assert requests[0].output_tokens == len("That, of course.")
-    assert 32 <= requests[1].output_tokens <= 256  # the file does not tell
+    assert all(32 <= request.output_tokens <= 256 for request in requests[1:])  # the file does not tell
     as_text = asyncio.run(dataset_requests(exchanges, 10, as_ids=False))
-    assert [r.prompt for r in as_text] == ["What?", "Who?"]
+    assert [r.prompt for r in as_text] == ["What?", "Who?", "Where?"]
     assert as_text[0].output_tokens == 4
 
 
@@ -192,7 +194,13 @@ def test_fewer_requests_are_drawn_by_seed_in_the_files_order(tmp_path):
     assert drawn[0] != drawn[2]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "[1]", '[{"a": 1}]', "nonsense", '{"prompt": "x", "output_tokens": 0}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[]", "[1]", '[{"a": 1}]', "nonsense", '{"prompt": "x", "output_tokens": 0}', '{"prompt": ["x", "y"]}',
+        '{"prompt_token_ids": "12"}', '{"conversations": [{"value": "x"}]}',
+    ],
+)  # fmt: skip
 def test_what_is_no_dataset_is_told_with_the_known_formats(tmp_path, content):
     (tmp_path / "file").write_text(content)
     with pytest.raises(ConfigError, match="--dataset .*conversations"):
