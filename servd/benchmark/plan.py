@@ -56,9 +56,14 @@ async def plan_requests(plan: RequestPlan, server: Server, options: RequestOptio
             read_dataset(plan.dataset), plan.spec.num_requests, seed=seed, output_tokens=plan.dataset_output,
             as_ids=as_ids, tokenize=(lambda texts: tokenize(server, texts, options)) if server.tokenizes else None,
         )  # fmt: skip
-        if options.endpoint == "chat" and any(not isinstance(request.prompt, str) for request in requests):
-            raise ConfigError(f"--dataset {plan.dataset} holds token ids; allowed with --endpoint chat: text")
-        return _clipped(requests, limit, f"{plan.dataset.name}, {kind}")
+        num_texts = sum(isinstance(request.prompt, str) for request in requests)
+        if (options.endpoint == "chat" or plan.prompt == "text") and num_texts < len(requests):
+            raise ConfigError(
+                f"--dataset {plan.dataset} holds token ids; allowed with --endpoint chat and --prompt text: text"
+            )
+        if plan.prompt == "ids" and num_texts:
+            raise ConfigError(f"--prompt ids: --dataset {plan.dataset} holds text and {server.url} has no /tokenize")
+        return _clipped(requests, limit, f"{plan.dataset.name}, {'text' if num_texts else 'token ids'}")
     arrivals = read_trace(plan.trace, plan.trace_limit) if plan.trace is not None else None
     corpus = await read_corpus(server, python_help(), options, as_ids=as_ids)
     if plan.trace is not None and arrivals is not None:

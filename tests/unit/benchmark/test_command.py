@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
 
+from servd.benchmark import RequestOptions, Server, WorkloadSpec
+from servd.benchmark.plan import RequestPlan, plan_requests
 from servd.benchmark.report import read_report
 from servd.cli import main
 from servd.config import ServerConfig
+from servd.errors import ConfigError
 from tests.unit.benchmark.servers import ServdServer
 
 SMALL = ("--num-requests", "6", "--input-tokens", "40:10", "--output-tokens", "5")
@@ -80,6 +84,21 @@ def test_a_dataset_is_sent_as_it_is_written(servd, tmp_path):
     assert bench(servd, *flags) == 0
     prompts = {bytes(r.token_ids).decode() for plan in servd.fake.executor.plans for r in plan.new_requests}
     assert prompts and all(prompt.endswith(" three four") for prompt in prompts)
+
+
+@pytest.mark.parametrize("flags", ["--prompt text", "--endpoint chat"])
+def test_a_dataset_of_token_ids_is_not_sent_where_text_was_asked_for(servd, tmp_path, capsys, flags):
+    (tmp_path / "d").write_text('{"prompt_token_ids": [65, 66], "output_tokens": 3}')
+    assert bench(servd, "--dataset", str(tmp_path / "d"), *flags.split()) == 2
+    assert "holds token ids; allowed with" in capsys.readouterr().err
+
+
+def test_a_dataset_of_text_is_not_sent_where_token_ids_were_asked_for_and_nothing_makes_them(tmp_path):
+    (tmp_path / "d").write_text('{"prompt": "one two", "output_tokens": 3}')
+    plan = RequestPlan(WorkloadSpec(), dataset=tmp_path / "d", prompt="ids")
+    server = Server("http://a.server", "m", max_model_len=None, software="", tokenizes=False)
+    with pytest.raises(ConfigError, match="--prompt ids: .*/d holds text and http://a.server has no /tokenize"):
+        asyncio.run(plan_requests(plan, server, RequestOptions()))
 
 
 def test_failed_requests_are_counted_by_kind_written_and_exit_code_1(tmp_path, capsys):
