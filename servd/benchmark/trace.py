@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,20 +42,20 @@ class _MooncakeLine(msgspec.Struct):
 
 
 def read_trace(path: Path, limit: int | None = None) -> list[Arrival]:
-    """The first `limit` arrivals, the first at 0 s. Raises ConfigError for what is none of the known formats."""
+    """The first `limit` lines, the earliest at 0 s. Raises ConfigError for what is none of the known formats."""
     try:
         with path.open(encoding="utf-8", newline="") as lines:
             first = lines.readline()
             lines.seek(0)
             reader = _mooncake(lines) if first.lstrip().startswith("{") else _azure(lines)
-            arrivals = [arrival for _, arrival in zip(range(limit or 1 << 62), reader, strict=False)]
+            arrivals = list(itertools.islice(reader, limit))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--trace {path}: {error}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise ConfigError(f"--trace {path}: {error}; allowed: {KNOWN}") from None
     if not arrivals:
         raise ConfigError(f"--trace {path} holds no arrival; allowed: {KNOWN}")
-    begin = arrivals[0].at_s
+    begin = min(arrival.at_s for arrival in arrivals)
     return [Arrival(a.at_s - begin, a.input_tokens, a.output_tokens, a.blocks) for a in arrivals]
 
 

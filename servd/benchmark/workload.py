@@ -1,6 +1,6 @@
-"""Requests made from a seed: lengths like a chat service's, shared prefixes, or a file of conversations.
+"""Requests made from a seed: lengths like a chat service's, or a prefix that they share.
 
-Knows nothing of arrivals (servd.benchmark.arrivals) or traces (servd.benchmark.trace).
+Knows nothing of arrivals (servd.benchmark.arrivals), traces (servd.benchmark.trace) or files (servd.benchmark.dataset).
 """
 
 from __future__ import annotations

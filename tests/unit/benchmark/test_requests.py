@@ -144,7 +144,16 @@ def test_a_trace_may_be_cut_short(tmp_path):
     assert len(read_trace(tmp_path / "trace", 2)) == 2
 
 
-@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", '{"timestamp": 1}\n', "TIMESTAMP,ContextTokens\nx,1\n", "{"])
+def test_a_traces_lines_may_stand_in_any_order(tmp_path):
+    (tmp_path / "trace").write_text("\n".join(reversed(MOONCAKE.splitlines())))
+    assert [arrival.at_s for arrival in read_trace(tmp_path / "trace")] == [3.5, 3, 0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "a,b\n1,2\n", '{"timestamp": 1}\n', "TIMESTAMP,ContextTokens\nx,1\n", "{", f'["{"x" * 200_000}"]'],
+    ids=lambda content: content[:20],
+)
 def test_what_is_no_trace_is_told_with_the_known_formats(tmp_path, content):
     (tmp_path / "trace").write_text(content)
     with pytest.raises(ConfigError, match="--trace .*Azure.*Mooncake"):
