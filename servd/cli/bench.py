@@ -74,7 +74,7 @@ class BenchCommand(Command):
 
         _check(arguments)
         loads, plan = _read_loads(arguments), _read_plan(arguments)
-        slo = SLO.parse(arguments.slo) if arguments.slo else None
+        slo = SLO.parse(arguments.slo) if arguments.slo is not None else None
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             report = runner.run(_bench(arguments, loads, plan, slo))
         _write(report, arguments.json, arguments.plot)
@@ -90,11 +90,9 @@ def _add_load_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--rate", metavar="X,X,...", help="arrivals a second, whatever becomes of them [default: none]")
     group.add_argument(
-        "--arrival", choices=("poisson", "gamma"), help="their gaps [default: poisson, with --burstiness gamma]"
-    )
-    group.add_argument(
-        "--burstiness", type=float, metavar="X", help="gamma's shape: below 1 in bursts, above 1 evenly [default: 1]"
-    )
+        "--burstiness", type=float, metavar="X",
+        help="shape of their gaps' gamma distribution: below 1 in bursts, above 1 evenly [default: 1, Poisson]",
+    )  # fmt: skip
     group.add_argument(
         "--trace", type=Path, metavar="FILE",
         help="lengths and arrivals of a trace: Azure's CSV, Mooncake's JSON lines; with --concurrency or --rate, "
@@ -136,20 +134,18 @@ def _add_request_flags(group: argparse._ArgumentGroup) -> None:
 def _read_loads(arguments: argparse.Namespace) -> list[Load]:
     from servd.benchmark.session import Load
 
-    if arguments.concurrency and arguments.rate:
+    if arguments.concurrency is not None and arguments.rate is not None:
         raise ConfigError(f"--concurrency {arguments.concurrency} and --rate {arguments.rate}: allowed: one of the two")
-    if arguments.rate is None and (arguments.arrival or arguments.burstiness is not None):
-        raise ConfigError("--arrival and --burstiness: allowed only with --rate")
-    if arguments.arrival == "poisson" and arguments.burstiness not in (None, 1.0):
-        raise ConfigError(f"--burstiness is {arguments.burstiness:g}; allowed: only with --arrival gamma")
-    if arguments.rate:
+    if arguments.rate is None and arguments.burstiness is not None:
+        raise ConfigError("--burstiness: allowed only with --rate")
+    if arguments.rate is not None:
         burstiness = 1.0 if arguments.burstiness is None else arguments.burstiness
         _check_positive("--burstiness", burstiness)
         return [Load(rate=rate, burstiness=burstiness) for rate in _numbers("--rate", arguments.rate, float)]
-    if arguments.trace and not arguments.concurrency:
+    if arguments.trace and arguments.concurrency is None:
         return [Load()]
-    levels = _numbers("--concurrency", arguments.concurrency or DEFAULT_CONCURRENCY, int)
-    return [Load(concurrency=level) for level in levels]
+    text = DEFAULT_CONCURRENCY if arguments.concurrency is None else arguments.concurrency
+    return [Load(concurrency=level) for level in _numbers("--concurrency", text, int)]
 
 
 def _numbers(flag: str, text: str, kind: Callable[[str], T]) -> list[T]:
