@@ -16,9 +16,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 from servd.cli.command import COMMANDS, Command
+from servd.cli.url import DEFAULT_URL, check_url
 from servd.errors import ConfigError, RequestFailedError
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", int, float)
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_CONCURRENCY = "1,8,32"
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 MADE_ONLY = ("input_tokens", "prefix_tokens", "num_prefixes")  # flags for workloads that are made here
@@ -166,13 +165,7 @@ def _check_positive(flag: str, value: float) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """What can be told to be wrong before a server is asked. Raises ConfigError."""
-    try:
-        parts = urlsplit(arguments.url)
-        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_usable = False
-    if not is_usable:
-        raise ConfigError(f"--url is {arguments.url!r}; allowed: http://HOST:PORT, like {DEFAULT_URL}")
+    check_url(arguments.url)
     for flag in ("repeat", "timeout", "trace_speed", "num_requests", "trace_limit", "num_prefixes", "max_model_len"):
         if (value := getattr(arguments, flag)) is not None:
             _check_positive("--" + flag.replace("_", "-"), value)

@@ -14,13 +14,12 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 from servd.cli.command import COMMANDS, Command
 from servd.cli.signals import ended_by_signals
+from servd.cli.url import DEFAULT_URL, check_url
 from servd.errors import ConfigError, EngineUnavailableError, RequestFailedError, ServdError
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 HELP_LINE = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 CONNECT_SECONDS = 2.0
 STOP_SECONDS = 10.0
@@ -51,7 +50,12 @@ class ChatCommand(Command):
     def run(self, arguments: argparse.Namespace) -> int:
         """Converse until the input ends."""
         if arguments.url is not None:
-            _check_url(arguments.url, arguments.model)
+            if arguments.model is not None:
+                raise ConfigError(
+                    f"--url {arguments.url} is a server that runs, MODEL {arguments.model} would start one: "
+                    "give one of the two"
+                )
+            check_url(arguments.url)
         api_key = arguments.api_key or os.environ.get("SERVD_API_KEY")
         client = _Client(arguments.url or DEFAULT_URL, api_key)
         with asyncio.Runner() as runner:
@@ -65,18 +69,6 @@ class ChatCommand(Command):
 
 
 COMMANDS.register("chat")(ChatCommand())
-
-
-def _check_url(url: str, model: str | None) -> None:
-    if model is not None:
-        raise ConfigError(f"--url {url} is a server that runs, MODEL {model} would start one: give one of the two")
-    try:
-        parts = urlsplit(url)
-        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port beyond 65535, half an IPv6 address
-        is_usable = False
-    if not is_usable:
-        raise ConfigError(f"--url is {url!r}; allowed: http://HOST:PORT, like {DEFAULT_URL}")
 
 
 class _Client:

@@ -23,7 +23,7 @@ from servd.cli.serve import check_addresses, ready_lines
 from servd.config import ServerConfig
 from servd.errors import ConfigError
 
-COMMANDS = ["chat", "generate", "kv-probe", "pull", "serve"]
+COMMANDS = ["bench", "chat", "eval", "generate", "kv-probe", "pull", "serve"]
 
 
 @pytest.fixture
