@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from servd.benchmark.results import RequestRow, RunResult, Summary
+from servd.errors import ConfigError
 
 Curve = tuple[str, Callable[[Summary], float | None]]
 BINS = 60  # of the throughput's timeline
@@ -21,7 +22,10 @@ TITLE_WIDTH = 90
 
 
 def plot_runs(runs: Sequence[RunResult], summaries: Sequence[Summary], title: str, path: Path) -> None:
-    """The timeline of the last run, below the curves of all loads if there are several."""
+    """The timeline of the last run, below the curves of all loads if there are several.
+
+    Raises ConfigError if it cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -36,8 +40,12 @@ def plot_runs(runs: Sequence[RunResult], summaries: Sequence[Summary], title: st
     _draw_requests(panels[0], runs[-1])
     _draw_throughput(panels[1], runs[-1])
     panels[0].sharex(panels[1])
-    figure.savefig(path)
-    pyplot.close(figure)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise ConfigError(f"--plot {path}: {error}") from None
+    finally:
+        pyplot.close(figure)
 
 
 def _draw_tradeoff(axes: Any, runs: Sequence[RunResult], summaries: Sequence[Summary]) -> None:
@@ -76,8 +84,8 @@ def _draw_requests(axes: Any, run: RunResult) -> None:
 
 
 def _draw_throughput(axes: Any, run: RunResult) -> None:
-    """Output tokens a second over time."""
-    times = np.concatenate([[], *map(_token_times, run.rows)])
+    """Pieces of text a second over time."""
+    times = np.concatenate([[], *map(_piece_times, run.rows)])
     end = max(run.wall_s, 1e-3)
     counts, edges = np.histogram(times, bins=BINS, range=(0, end))
     axes.stairs(counts * BINS / end, edges, fill=True, alpha=0.7)
@@ -85,7 +93,7 @@ def _draw_throughput(axes: Any, run: RunResult) -> None:
     axes.grid(alpha=0.3)
 
 
-def _token_times(row: RequestRow) -> np.ndarray:
+def _piece_times(row: RequestRow) -> np.ndarray:
     """Seconds since the run's start."""
     if row.ttft_ms is None:
         return np.empty(0)

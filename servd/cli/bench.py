@@ -190,6 +190,8 @@ def _check(arguments: argparse.Namespace) -> None:
     for path in (arguments.json, arguments.plot):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{path}: there is no folder {path.parent}")
+        if path is not None and path.is_dir():
+            raise ConfigError(f"{path} is a folder; allowed: a file")
     if arguments.plot and arguments.plot.suffix not in PLOT_SUFFIXES:
         raise ConfigError(f"--plot is {arguments.plot}; allowed: a file that ends in {', '.join(PLOT_SUFFIXES)}")
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:

@@ -78,6 +78,16 @@ def test_a_trace_is_replayed_and_cut_to_the_context_aloud(servd, tmp_path, capsy
     assert b"<svg" in (tmp_path / "t.svg").read_bytes()[:500]
 
 
+def test_a_plot_that_cannot_be_written_is_told_and_the_figures_are_kept(servd, tmp_path, capsys):
+    (tmp_path / "p.svg").symlink_to("/no/such/folder/p.svg")
+    flags = ("--concurrency", "1", "--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "p.svg"))
+    assert bench(servd, *SMALL, *flags) == 2
+    out, err = capsys.readouterr()
+    assert "6 requests in" in out
+    assert err.startswith(f"servd: error: --plot {tmp_path}/p.svg: ")
+    assert len(read_report(tmp_path / "r.json").runs) == 1
+
+
 def test_a_dataset_is_sent_as_it_is_written(servd, tmp_path):
     (tmp_path / "d").write_text(json.dumps([{"messages": [{"role": "user", "content": "one two three four"}]}]))
     flags = ("--dataset", str(tmp_path / "d"), "--output-tokens", "3", "--prompt", "text", "--concurrency", "1")
@@ -189,6 +199,7 @@ def test_two_results_are_compared_in_words(servd, tmp_path, capsys):
         ("--dataset d --prefix-tokens 5", "--prefix-tokens: allowed only without --dataset"),
         ("--endpoint chat --prompt ids", "--prompt is ids"),
         ("--json /no/such/folder/r.json", "there is no folder /no/such/folder"),
+        ("--json /tmp", "/tmp is a folder"),
         ("--plot x.txt", "--plot is x.txt"),
         ("--url localhost:8000", "--url is 'localhost:8000'"),
         ("compare /no/a.json /no/b.json", "/no/a.json is no result"),
