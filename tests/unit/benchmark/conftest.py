@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.benchmark.servers import ServdServer
+from tests.fake_server import FakeServer
 
 
 @pytest.fixture
-def servd(tmp_path: Path) -> Iterator[ServdServer]:
-    with ServdServer(tmp_path) as server:
+def servd(tmp_path: Path) -> Iterator[FakeServer]:
+    with FakeServer(tmp_path) as server:
         yield server

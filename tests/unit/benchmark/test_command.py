@@ -13,7 +13,7 @@ from servd.benchmark.report import read_report
 from servd.cli import main
 from servd.config import ServerConfig
 from servd.errors import ConfigError
-from tests.unit.benchmark.servers import ServdServer
+from tests.fake_server import FakeServer
 
 SMALL = ("--num-requests", "6", "--input-tokens", "40:10", "--output-tokens", "5")
 TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.0,9000,4\n2023-11-16 18:17:03.1,30,4\n"
@@ -112,7 +112,7 @@ def test_a_dataset_of_text_is_not_sent_where_token_ids_were_asked_for_and_nothin
 
 
 def test_failed_requests_are_counted_by_kind_written_and_exit_code_1(tmp_path, capsys):
-    with ServdServer(tmp_path, max_num_seqs=1, max_num_queued_reqs=1) as server:
+    with FakeServer(tmp_path, settings={"max_num_seqs": 1, "max_num_queued_reqs": 1}) as server:
         flags = ("--concurrency", "1,6", "--warmup", "0", "--json", str(tmp_path / "r.json"))
         assert bench(server, *SMALL, *flags) == 1
     out, err = capsys.readouterr()
@@ -134,7 +134,7 @@ def test_a_server_that_cannot_answer_at_all_is_told_before_any_load(servd, capsy
 def test_the_key_is_needed_sent_and_not_written(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("SERVD_API_KEY", raising=False)
     flags = (*SMALL, "--concurrency", "2", "--json", str(tmp_path / "r.json"))
-    with ServdServer(tmp_path, ServerConfig(port=0, api_key="sesame")) as server:
+    with FakeServer(tmp_path, ServerConfig(port=0, api_key="sesame")) as server:
         assert bench(server, *flags) == 1
         assert "answered 401" in capsys.readouterr().err
         assert bench(server, *flags, "--api-key", "sesame") == 0

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from servd.api.http.app import start_http, stop_http
-from servd.api.service import InferenceService
 from servd.cli import main
 from servd.config import ServerConfig
-from tests.fakes import FakeEngine
+from tests.fake_server import FakeServer
 
 REPLIES = {
     "assistant: It is Paris.\nuser: Sure?": "Yes.",
@@ -28,39 +23,9 @@ REPLIES = {
 }
 
 
-@dataclass
-class Server:
-    """A server in a thread of its own."""
-
-    folder: Path
-    config: ServerConfig = field(default_factory=lambda: ServerConfig(port=0))
-    step_delay: float = 0.0
-
-    def __enter__(self) -> Server:
-        self._up = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
-        self._thread.start()
-        assert self._up.wait(10)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
-
-    async def _serve(self) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        options = {"replies": REPLIES, "step_delay": self.step_delay}
-        async with FakeEngine(self.folder, executor_options=options) as self.fake:
-            runner, port = await start_http(InferenceService(self.fake.engine, "fake"), self.config)
-            self.url = f"http://127.0.0.1:{port}"
-            self._up.set()
-            await self._stop.wait()
-            await stop_http(runner)
-
-
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    with Server(tmp_path) as running:
+def server(tmp_path: Path) -> Iterator[FakeServer]:
+    with FakeServer(tmp_path, replies=REPLIES) as running:
         yield running
 
 
@@ -70,7 +35,7 @@ def chat(monkeypatch: pytest.MonkeyPatch, typed: str, *argv: str) -> int:
 
 
 def test_a_conversation_remembers_and_resets(
-    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed = "The capital?\n\nSure?\n/reset\nSure?\n/exit\nnever read\n"
     assert chat(monkeypatch, typed, "--url", server.url, "--max-tokens", "20", "--temperature", "0") == 0
@@ -82,7 +47,7 @@ def test_a_conversation_remembers_and_resets(
 
 
 def test_the_system_message_is_sent_and_survives_a_reset(
-    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed = "Hi\n/reset\nHi\n"
     argv = ["--url", server.url + "/v1/", "--system", "About the capital.", "--max-tokens", "20"]
@@ -91,14 +56,14 @@ def test_the_system_message_is_sent_and_survives_a_reset(
 
 
 def test_control_characters_do_not_reach_the_terminal(
-    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert chat(monkeypatch, "colour?\n", "--url", server.url) == 0
     assert capsys.readouterr().out == "[31mRed – 🟥.\n"
 
 
 def test_an_unknown_command_and_a_refused_message_do_not_end_it(
-    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed = f"/quit now\n{'x' * 3000}\nThe capital?\n"
     assert chat(monkeypatch, typed, "--url", server.url) == 1  # a script must see that not all was answered
@@ -109,7 +74,7 @@ def test_an_unknown_command_and_a_refused_message_do_not_end_it(
 
 
 def test_the_key_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with Server(tmp_path, ServerConfig(port=0, api_key="k")) as server:
+    with FakeServer(tmp_path, ServerConfig(port=0, api_key="k"), replies=REPLIES) as server:
         assert chat(monkeypatch, "The capital?\n", "--url", server.url) == 1
         assert "the server answered 401" in capsys.readouterr().err
         assert chat(monkeypatch, "The capital?\n", "--url", server.url, "--api-key", "k") == 0
@@ -157,7 +122,7 @@ def test_a_server_that_does_not_start_is_exit_code_1(
 
 def test_ctrl_c_stops_the_answer_and_frees_its_blocks(tmp_path: Path) -> None:
     with (
-        Server(tmp_path, step_delay=0.02) as server,
+        FakeServer(tmp_path, replies=REPLIES, step_delay=0.02) as server,
         subprocess.Popen(
             [sys.executable, "-m", "servd.cli", "chat", "--url", server.url],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
