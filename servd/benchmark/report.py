@@ -91,17 +91,13 @@ def _memory_bytes() -> int | None:
 def this_commit() -> str | None:
     """The commit that servd runs from, with a + if its files were changed; None outside a checkout."""
     assert servd.__file__ is not None
-    git = ("git", "-C", str(Path(servd.__file__).parent))
+    command = ("git", "-C", str(Path(servd.__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+")
     try:
-        describe = subprocess.run((*git, "rev-parse", "--short=12", "HEAD"), capture_output=True, text=True, timeout=10)
-        status = subprocess.run(
-            (*git, "status", "--porcelain", "--untracked-files=no"), capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        # no tag's name: the bare commit
+        found = subprocess.run((*command, "--exclude=*"), capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
         return None
-    if describe.returncode != 0:
-        return None
-    return describe.stdout.strip() + ("+" if status.stdout.strip() else "")
+    return found.stdout.strip()
 
 
 def command_line(argv: Sequence[str]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import msgspec
 import numpy as np
 import pytest
 
+import servd
 from servd.benchmark.compare import compare_reports
 from servd.benchmark.report import Report, command_line, read_report, this_commit, this_machine, write_report
 from servd.benchmark.results import SLO, Percentiles, RequestRow, RunResult
@@ -104,9 +107,25 @@ def test_no_key_is_written_into_the_command():
     )
 
 
-def test_the_commit_of_a_checkout_is_known():
-    commit = this_commit()
-    assert commit is None or (len(commit.rstrip("+")) >= 12 and int(commit.rstrip("+"), 16) >= 0)
+def test_the_commit_of_a_checkout_is_known_and_whether_it_is_what_runs(tmp_path, monkeypatch):
+    def git(*argv):
+        command = ("git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *argv)
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    (tmp_path / "servd").mkdir()
+    source = tmp_path / "servd" / "__init__.py"
+    source.write_text("")
+    monkeypatch.setattr(servd, "__file__", str(source))
+    assert this_commit() is None
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "m")
+    git("tag", "-m", "v", "v1")
+    head = git("rev-parse", "HEAD")[:12]
+    (tmp_path / "untracked").write_text("")
+    assert this_commit() == head
+    source.write_text("1")
+    assert this_commit() == head + "+"
 
 
 def noisy_runs(factor, count, seed, noise=0.03, load="c=8"):
