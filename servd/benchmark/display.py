@@ -168,7 +168,7 @@ def print_comparison(differences: Sequence[Difference]) -> None:
             if difference.load == load:
                 interval = "" if difference.low is None else f"{difference.low:+.1%} … {difference.high:+.1%}"
                 table.add_row(
-                    difference.metric, f"{difference.a:.1f}", f"{difference.b:.1f}", f"{difference.change:+.1%}",
+                    difference.metric, f"{difference.a:.2f}", f"{difference.b:.2f}", f"{difference.change:+.1%}",
                     interval, difference.verdict,
                 )  # fmt: skip
         console.print(table)
