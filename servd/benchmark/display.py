@@ -51,7 +51,7 @@ async def _plain_lines(what: str, watch: LoadWatch) -> None:
     rate = _Rate()
     while True:
         await asyncio.sleep(PLAIN_SECONDS)
-        sys.stderr.write(f"{what}: {watch.done} of {watch.total} done, {_state(watch, rate.now(watch))}\n")
+        sys.stderr.write(f"{what}: {_state(watch, rate.now(watch))}\n")
         sys.stderr.flush()
 
 
