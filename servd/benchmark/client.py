@@ -6,7 +6,6 @@ JSON decode and one timestamp. Knows nothing of load.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -49,7 +48,7 @@ class RequestOptions:
         return msgspec.json.encode(body | dict(self.extra_body))
 
     def session(self) -> aiohttp.ClientSession:
-        """Connections for one run, as many as it takes. Follows no redirect and no proxy settings."""
+        """Connections for one run, as many as it takes. The environment's proxy settings do not count."""
         headers = {"Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
@@ -242,10 +241,3 @@ def _row(request: BenchRequest, stream: _Stream, start: float, origin: float) ->
         itl_ms=[round((b - a) * 1e3, 3) for a, b in zip(times, times[1:], strict=False)],
         has_usage=usage is not None,
     )
-
-
-async def wait_until(due: float) -> None:
-    """Sleep until a perf_counter second."""
-    delay = due - time.perf_counter()
-    if delay > 0:
-        await asyncio.sleep(delay)

@@ -5,7 +5,7 @@ Knows nothing of lengths or servers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from servd.benchmark.requests import Prompt
@@ -26,12 +26,10 @@ class Corpus:
         return cls(tuple(token_ids))
 
     @classmethod
-    def of_text(cls, text: str, count_tokens: Callable[[str], int] | None = None) -> Corpus:
-        """Prompts will be text; their lengths in tokens are right on average, by `count_tokens` if it is given."""
+    def of_text(cls, text: str, num_tokens: int | None = None) -> Corpus:
+        """Prompts will be text; their lengths in tokens are right on average, if `num_tokens` of the text is known."""
         words = tuple(text.split())
-        joined = " ".join(words)
-        num_tokens = count_tokens(joined) if count_tokens is not None else len(joined) / CHARS_A_TOKEN
-        return cls(words, num_tokens / len(words))
+        return cls(words, (num_tokens or len(" ".join(words)) / CHARS_A_TOKEN) / len(words))
 
     def stretch(self, start: int, num_tokens: int) -> tuple[int, ...] | tuple[str, ...]:
         """About `num_tokens` tokens' worth of pieces from place `start` on, around the circle if need be."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from servd.benchmark.client import PATHS, LoadWatch, RequestOptions, ask, base_url, wait_until
+from servd.benchmark.client import PATHS, LoadWatch, RequestOptions, ask, base_url
 from servd.benchmark.requests import BenchRequest, freshen
 from servd.benchmark.results import RequestRow, RunResult
 
@@ -66,7 +66,7 @@ async def run_open_loop(
             while run.queue:
                 planned = run.queue.pop()
                 due = run.origin + planned[0].arrival_s
-                await wait_until(due)
+                await asyncio.sleep(max(due - time.perf_counter(), 0))
                 run.max_delay = max(run.max_delay, time.perf_counter() - due)
                 tasks.create_task(run.send(session, planned, due))
 

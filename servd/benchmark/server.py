@@ -132,8 +132,7 @@ async def read_corpus(server: Server, text: str, options: RequestOptions, *, as_
     if as_ids:
         return Corpus.of_ids((await tokenize(server, [text], options))[0])
     joined = " ".join(text.split())
-    count = len((await tokenize(server, [joined], options))[0])
-    return Corpus.of_text(joined, lambda _: count)
+    return Corpus.of_text(joined, len((await tokenize(server, [joined], options))[0]))
 
 
 async def check_options(server: Server, request: BenchRequest, options: RequestOptions) -> RequestOptions:
