@@ -74,6 +74,7 @@ class Function:
 
 
 _loading = threading.Lock()
+_intercepting = threading.Lock()
 
 
 def library() -> Library | None:
@@ -131,18 +132,25 @@ def select_isa(name: str) -> None:
 
 @contextmanager
 def intercept(wrap: Callable[[Function], Callable[..., int]]) -> Iterator[None]:
-    """Calls of every function go to `wrap(function)` instead, which finds the real one in `function.call`."""
+    """This thread's calls of every function go to `wrap(function)` instead, which finds the real one in
+    `function.call`. Those of other threads go on; a thread that intercepts too waits for its turn."""
     loaded = library()
-    functions = list(loaded.functions) if loaded is not None else []
-    calls = [function.call for function in functions]
-    wrapped = [wrap(function) for function in functions]
-    try:
-        for function, call in zip(functions, wrapped, strict=True):
-            function.call = call
-        yield
-    finally:
-        for function, call in zip(functions, calls, strict=True):
-            function.call = call
+    with _intercepting:
+        functions = list(loaded.functions) if loaded is not None else []
+        calls = [function.call for function in functions]
+        wrapped = [_in_this_thread(wrap(function), function.call) for function in functions]
+        try:
+            for function, call in zip(functions, wrapped, strict=True):
+                function.call = call
+            yield
+        finally:
+            for function, call in zip(functions, calls, strict=True):
+                function.call = call
+
+
+def _in_this_thread(wrapped: Callable[..., int], call: Callable[..., int]) -> Callable[..., int]:
+    thread = threading.get_ident()
+    return lambda *arguments: (wrapped if threading.get_ident() == thread else call)(*arguments)
 
 
 def _select(loaded: Library, name: str) -> None:

@@ -4,7 +4,7 @@ samples: what differs between them must be affine in their sizes, and the memory
 
 import ctypes
 import struct
-import sys
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ _SAMPLES = ((11, 3), (17, 3), (17, 5), (1, 1), (29, 13))
 
 Step = Callable[[int, int], torch.Tensor]
 Words = np.ndarray[Any, np.dtype[np.int64]]
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class NotRecordableError(Exception):
@@ -42,13 +43,20 @@ class StepFailedError(RuntimeError):
     """A call of a replayed step reported a fault, such as a position that is out of range."""
 
 
+@dataclass(slots=True)
+class _Buffer:
+    memory: Bytes
+    # A view of the memory, which a tensor on it holds for as long as the tensor or a view of it lives.
+    lease: Callable[[], Bytes | None] = lambda: None
+
+
 class Arena:
     """Memory for the tensors that a recorded step makes, as large as the largest step needs; what one replay leaves
     there is overwritten by the next."""
 
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
-        self._buffers: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+        self._buffers: list[_Buffer] = []
         self.rows = 0  # of the step that is recorded now: tensors of so many rows get room for `max_rows`
         self.sizes: list[int] = []  # bytes of each tensor made in it, in order
 
@@ -62,27 +70,28 @@ class Arena:
         if count == 0:
             raise NotRecordableError("it makes a tensor without elements")
         for buffer in self._buffers:
-            # A tensor holds a reference to its buffer for as long as it or a view of it lives.
-            if buffer.size >= size and sys.getrefcount(buffer) == 3:  # the list's, this name's, the argument's
+            if buffer.memory.size >= size and buffer.lease() is None:
                 break
         else:
-            buffer = _aligned(size)
+            buffer = _Buffer(_aligned(size))
             self._buffers.append(buffer)
-            self._buffers.sort(key=lambda buffer: buffer.size)
-        return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
+            self._buffers.sort(key=lambda buffer: buffer.memory.size)
+        lease = buffer.memory[:]
+        buffer.lease = weakref.ref(lease)
+        return torch.frombuffer(lease, dtype=dtype, count=count).view(shape)
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` [rows, ...], with all the rows that its buffer has room for: the memory is then never reused."""
-        address = tensor.data_ptr()
         for buffer in self._buffers:
-            if buffer.ctypes.data == address:
+            lease = buffer.lease()
+            if lease is not None and lease.ctypes.data == tensor.data_ptr() and tensor.is_contiguous():
                 shape = (self._max_rows, *tensor.shape[1:])
                 count = int(np.prod(shape, dtype=np.int64))
-                return torch.frombuffer(buffer, dtype=tensor.dtype, count=count).view(shape)
-        raise NotRecordableError("its result is not a tensor that it made")
+                return torch.frombuffer(lease, dtype=tensor.dtype, count=count).view(shape)
+        raise NotRecordableError("its result is not a whole tensor that it made")
 
 
-def _aligned(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _aligned(size: int) -> Bytes:
     whole = np.zeros(size + _ALIGNMENT, np.uint8)
     offset = -whole.ctypes.data % _ALIGNMENT
     return whole[offset : offset + size]
@@ -137,12 +146,18 @@ class Recording:
     def __init__(self, step: Step, max_rows: int) -> None:
         """Runs `step` several times, on as few rows as tell enough; what it reads must stay where it is.
 
-        Its result is [rows, ...], and so are the tensors that it makes, or they do not depend on its sizes. Raises
-        NotRecordableError, and what `step` raises.
+        Its result is [rows, ...], and so are the tensors that it makes, or they do not depend on its sizes. Nor may
+        what it calls: a choice between more rows than the samples have would go unseen. Other threads may call
+        kernels meanwhile. Raises NotRecordableError, ValueError for `max_rows` below the samples', and what `step`
+        raises.
         """
+        least = max(rows for rows, _ in _SAMPLES)
+        if max_rows < least:
+            raise ValueError(f"max_rows is {max_rows}; allowed: at least {least}, on which steps are recorded")
         loaded = native.library()
         assert loaded is not None, "a recording without the library"
         self._replay = loaded.replay
+        self._max_rows = max_rows
         self._arena = Arena(max_rows)
         step(*_SAMPLES[0])  # as usual: what is made once, when it is first needed, is there from now on
         self._record(step, *_SAMPLES[0])  # finds out what memory is needed: from now on it is given out alike
@@ -157,7 +172,12 @@ class Recording:
         )
 
     def replay(self, rows: int, groups: int) -> torch.Tensor:
-        """What `step(rows, groups)` does and returns. Raises StepFailedError where a call reports a fault."""
+        """What `step(rows, groups)` does and returns.
+
+        Raises StepFailedError where a call reports a fault, ValueError for more rows than there is memory for.
+        """
+        if rows > self._max_rows:
+            raise ValueError(f"rows is {rows}; allowed: up to {self._max_rows}, for which the step was recorded")
         self._program[self._varying] = self._constant + self._by_rows * rows + self._by_groups * groups
         fault = self._replay(self._address, self._num_calls)
         if fault >= 0:

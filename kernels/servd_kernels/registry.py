@@ -12,7 +12,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# `library`: a vendor's routine whose sums depend on the batch; it serves only where `deterministic=False` is asked.
+# `library`: a vendor's routine. One whose sums depend on the batch serves only where `deterministic=False` is asked.
 PREFERENCE = ("cuda", "library", "triton", "cpu", "reference")
 BACKEND_VARIABLE = "SERVD_KERNEL_BACKEND"
 _PACKAGE = Path(__file__).parent

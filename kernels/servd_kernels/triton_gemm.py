@@ -50,6 +50,9 @@ PLAIN: dict[str, Table] = {
     "gfx942": {16: Tiles(64, 16, 4, 2), 64: Tiles(64, 64, 4, 2), MANY: Tiles(128, 128, 8, 2)},
     INTERPRETER: {16: Tiles(128, 16, 4, 1), 64: Tiles(128, 64, 4, 1), MANY: Tiles(128, 128, 4, 1)},
 }
+INTEGER: dict[str, Table] = PLAIN | {  # int32 sums, which sm_100 turns into as many registers of float32
+    "sm_100": {16: Tiles(64, 16, 8, 8), 64: Tiles(64, 64, 4, 6), MANY: Tiles(128, 128, 8, 4)},
+}
 GATED: dict[str, Table] = {  # columns of the gate, and as many of the up matrix
     "sm_80": {16: Tiles(32, 16, 4, 6), 64: Tiles(64, 64, 4, 4), MANY: Tiles(64, 128, 8, 4)},
     "sm_90": {16: Tiles(64, 16, 4, 6), 64: Tiles(64, 64, 4, 5), MANY: Tiles(128, 128, 8, 4)},
@@ -74,7 +77,7 @@ CODED: dict[str, Table] = {  # codes take a quarter or half of the weight's byte
 SUMMED: dict[str, Table] = {  # three: a group's sum, the sum of x in it, and the total
     "sm_80": {16: Tiles(32, 16, 2, 6), 64: Tiles(32, 64, 4, 4), MANY: Tiles(32, 64, 4, 4)},
     "sm_90": {16: Tiles(64, 16, 4, 8), 64: Tiles(64, 64, 4, 5), MANY: Tiles(64, 128, 8, 4)},
-    "sm_100": {16: Tiles(64, 16, 4, 8), 64: Tiles(64, 64, 4, 5), MANY: Tiles(64, 64, 8, 5)},
+    "sm_100": {16: Tiles(64, 16, 4, 8), MANY: Tiles(64, 64, 8, 5)},
     "gfx942": {16: Tiles(64, 16, 4, 2), 64: Tiles(64, 64, 4, 2), MANY: Tiles(64, 128, 8, 2)},
     INTERPRETER: {16: Tiles(128, 16, 4, 1), 64: Tiles(128, 64, 4, 1), MANY: Tiles(128, 128, 4, 1)},
 }

@@ -82,7 +82,7 @@ def test_descriptors_and_pointers_read_the_same(arch: str) -> None:
     assert torch.equal(run(wide[:, 3 : DEPTH + 3]), run(x))
 
 
-@pytest.mark.parametrize("table", ["PLAIN", "GATED", "GROUPED", "CODED", "SUMMED", "FLOAT32"])
+@pytest.mark.parametrize("table", ["PLAIN", "INTEGER", "GATED", "GROUPED", "CODED", "SUMMED", "FLOAT32"])
 def test_weight_rows_fill_the_instruction_of_the_architecture(table: str) -> None:
     """wgmma and tcgen05 take 64 rows: with fewer Triton would choose mma.sync for one class and not for another."""
     for arch in ("sm_90", "sm_100"):

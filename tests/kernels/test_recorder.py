@@ -1,12 +1,14 @@
 """Recorded steps: a replay computes from what lies in its inputs now, to the same bits as a fresh call.
 Does not know any model: its steps are a few ops in a row."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from servd_kernels import linear, native, rms_norm, silu_and_mul
-from servd_kernels.recorder import NotRecordableError, Recording, StepFailedError
+from servd_kernels.recorder import Arena, NotRecordableError, Recording, StepFailedError
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.missing_reason()))
 
@@ -131,10 +133,58 @@ def test_calls_that_depend_on_the_size_are_refused() -> None:
         Recording(other, MAX_ROWS)
 
 
-def test_a_result_that_lies_elsewhere_is_refused() -> None:
-    x, _ = make_step(torch.float32)
+def test_a_result_that_lies_elsewhere_or_is_part_of_a_tensor_is_refused() -> None:
+    x, step = make_step(torch.float32)
     with pytest.raises(NotRecordableError, match="result"):
         Recording(lambda rows, groups: x[:rows], MAX_ROWS)
+    with pytest.raises(NotRecordableError, match="result"):
+        Recording(lambda rows, groups: step(rows, groups)[:, :32], MAX_ROWS)
+
+
+@torch.inference_mode()
+def test_sizes_without_memory_are_named() -> None:
+    _, step = make_step(torch.float32)
+    with pytest.raises(ValueError, match="max_rows is 28; allowed: at least 29"):
+        Recording(step, 28)
+    with pytest.raises(ValueError, match=f"rows is {MAX_ROWS + 1}; allowed: up to {MAX_ROWS}"):
+        Recording(step, MAX_ROWS).replay(MAX_ROWS + 1, 1)
+
+
+def test_memory_is_used_again_only_when_no_view_of_it_lives() -> None:
+    arena = Arena(MAX_ROWS)
+    first = arena.empty((4, 8), torch.float32)
+    view = first[2:].view(-1)
+    first_address, view_address = first.data_ptr(), view.data_ptr()
+    del first
+    second = arena.empty((4, 8), torch.float32)
+    assert second.data_ptr() != first_address and view.data_ptr() == view_address
+    del view
+    assert arena.empty((4, 8), torch.float32).data_ptr() == first_address
+
+
+@torch.inference_mode()
+def test_what_other_threads_call_meanwhile_is_not_recorded() -> None:
+    """Neither their kernels nor their recordings, which wait."""
+    x, step = make_step(torch.float32)
+    expected = step(7, 1)
+    widths, recorded = iter(range(2, 1000, 2)), []
+
+    def with_another_thread(rows: int, groups: int) -> torch.Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(lambda: silu_and_mul.silu_and_mul(torch.ones(3, next(widths)))).result()
+        return step(rows, groups)
+
+    def record() -> None:
+        with torch.inference_mode():
+            recorded.append(Recording(with_another_thread, MAX_ROWS).replay(7, 1))
+
+    threads = [threading.Thread(target=record) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [torch.equal(result, expected) for result in recorded] == [True, True]
+    assert torch.equal(step(7, 1), expected)
 
 
 @torch.inference_mode()

@@ -193,8 +193,8 @@ struct IntegerRows {
     Scratch<int32_t> starts;   // [segments][m]
     Scratch<float> sums;       // [segments][m]: scale * sum of codes
     IntegerRows(int64_t m, int64_t k, int64_t segment)
-        : m(m), k(k), segment(segment), segments(greater(quotient_up(k, segment), 1)), stride(round_up(k, 64)), codes(m * stride),
-          scales(m * segments), starts(m * segments), sums(m * segments) {}
+        : m(m), k(k), segment(segment), segments(greater(quotient_up(k, segment), 1)), stride(round_up(k, 64)),
+          codes(m * stride), scales(m * segments), starts(m * segments), sums(m * segments) {}
 
     template <int BITS>
     void fill(const RowSource& source, int centre) {

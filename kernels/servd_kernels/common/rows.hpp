@@ -23,18 +23,6 @@ SERVD_INLINE vf load_any(const void* p, int dtype, int64_t i, int64_t n) {
     }
 }
 
-SERVD_INLINE void store_any(void* p, int dtype, int64_t i, vf v, int64_t n) {
-    auto put = [=](auto* out) __attribute__((always_inline)) {
-        if (n == W) store(out + i, v);
-        else store_n(out + i, v, n);
-    };
-    switch (dtype) {
-        case kFloat32: return put(static_cast<float*>(p));
-        case kBFloat16: return put(static_cast<bf16*>(p));
-        default: return put(static_cast<f16*>(p));
-    }
-}
-
 SERVD_INLINE vf load_bytes(const uint8_t* p) {
     typedef uint8_t vb __attribute__((vector_size(W)));
     vb bytes;

@@ -11,7 +11,7 @@ def supports(device: str, dtype: torch.dtype, **axes: object) -> str | None:
 
 
 def run(ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    return table[ids]
+    return table.index_select(0, ids)  # not table[ids], which counts negative ids from the end
 
 
 def make_inputs(

@@ -144,7 +144,7 @@ def launch(
 
 
 def _tiles(arch: str, group: int | None, gated: bool, num_rows: int) -> triton_gemm.Tiles:
-    table = triton_gemm.GROUPED if group else triton_gemm.GATED if gated else triton_gemm.PLAIN
+    table = triton_gemm.GROUPED if group else triton_gemm.GATED if gated else triton_gemm.INTEGER
     return triton_gemm.tiles_for(table[arch], num_rows)
 
 
@@ -155,7 +155,7 @@ def compile_cases() -> Iterator[CompileCase]:
         yield triton_gemm_rows.case(f"rows to int8{suffix}", triton_gemm_rows.INT8, group)
         yield triton_gemm_rows.case(f"rows rotated by 64 to int8{suffix}", triton_gemm_rows.INT8, group, 64)
         for arch in ARCHITECTURES:
-            for rows in triton_gemm.PLAIN[arch]:
+            for rows in triton_gemm.INTEGER[arch]:
                 for gated in (False, True):
                     name = f"{triton_gemm.class_name(rows)}{suffix}{' gated' if gated else ''}"
                     yield _case(name, arch, rows, group, gated)

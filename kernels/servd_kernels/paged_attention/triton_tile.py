@@ -38,27 +38,21 @@ def attend_tile(
     if SPEC.has_alibi:
         slope = tl.load(alibi_slopes + kv_head * SPEC.group + head, mask=is_row, other=0.0)
     rows = (position, score_scale, slope)
-    cache = (keys, values, params, block_tables + request.to(tl.int64) * table_stride, pages)
     if HAS_PAGES:
-        chosen = (request.to(tl.int64) * (num_q_heads // SPEC.group) + kv_head) * (max_chosen // SPEC.block_size)
-        cache = (keys, values, params, block_tables + request.to(tl.int64) * table_stride, pages + chosen)
+        pages += (request.to(tl.int64) * (num_q_heads // SPEC.group) + kv_head) * (max_chosen // SPEC.block_size)
         first, end = 0, max_chosen
     else:
         first, end = seen_range(low, high, SPEC)
+    cache = (keys, values, params, block_tables + request.to(tl.int64) * table_stride, pages)
+    reach = (first, end, low, high)
     if SPLIT:
         if span * _SPAN < end:
-            acc, top, total = _attend_span(
-                tile_q, rows, cache, kv_head, span, (first, end, low, high), SPEC, ROWS, HAS_PAGES
-            )
+            acc, top, total = _attend_span(tile_q, rows, cache, kv_head, span, reach, SPEC, ROWS, HAS_PAGES)
             first_token, query, head, is_row = locate_rows(cu_seqlens_q, request, tile, SPEC, ROWS)
             first_place = first_token * num_q_heads + kv_head * SPEC.group
-            place = query * num_q_heads + head
-            stats += 2 * (first_place * num_spans + span)
-            tl.store(stats + 2 * num_spans * place, top, mask=is_row)
-            tl.store(stats + 2 * num_spans * place + 1, total, mask=is_row)
-            partials += (first_place * num_spans + span) * SPEC.width
-            is_used = is_row & (total != 0.0)
-            tl.store(partials + (num_spans * SPEC.width * place)[:, None] + dim[None, :], acc, mask=is_used[:, None])
+            first_state = first_place * num_spans + span
+            place = (query * num_q_heads + head) * num_spans
+            store_span(stats + 2 * first_state, partials + first_state * SPEC.width, place, acc, top, total, is_row)
     else:
         acc = tl.zeros([ROWS, SPEC.width], tl.float32)
         top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -67,7 +61,7 @@ def attend_tile(
         for index in range(sink_spans + last_span - first_span):
             number = tl.where(index < sink_spans, index, index - sink_spans + first_span)
             span_acc, span_top, span_total = _attend_span(
-                tile_q, rows, cache, kv_head, number, (first, end, low, high), SPEC, ROWS, HAS_PAGES
+                tile_q, rows, cache, kv_head, number, reach, SPEC, ROWS, HAS_PAGES
             )
             acc, top, total = merge(acc, top, total, span_acc, span_top, span_total)
         first_token, query, head, is_row = locate_rows(cu_seqlens_q, request, tile, SPEC, ROWS)
@@ -163,6 +157,16 @@ def _attend_span(q, rows, cache, kv_head, span, reach, SPEC: tl.constexpr, ROWS:
     for begin in tl.range(tl.maximum(whole_begin, whole_end), span_end, SPEC.keys, num_stages=STAGES):
         acc, top, total = step(q, rows, cache, kv_head, begin, reach, acc, top, total, SPEC, HAS_PAGES, True)
     return acc, top, total
+
+
+@triton.jit
+def store_span(stats, partials, place, acc, top, total, is_row):
+    """One span's state of rows at `place` (counted in states) of the scratch; a row that saw no key leaves no sum."""
+    tl.store(stats + 2 * place, top, mask=is_row)
+    tl.store(stats + 2 * place + 1, total, mask=is_row)
+    WIDTH: tl.constexpr = acc.shape[1]
+    is_used = is_row & (total != 0.0)
+    tl.store(partials + (place * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :], acc, mask=is_used[:, None])
 
 
 @triton.jit
