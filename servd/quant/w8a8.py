@@ -9,13 +9,12 @@ from __future__ import annotations
 import torch
 from servd_kernels import linear, linear_w8a8
 from servd_kernels.linear_w8a8 import MAX_IN_FEATURES
-from servd_kernels.linear_wna16 import GroupedWeight
 from servd_kernels.weight_quant import rotate
 from torch import Tensor
 
 from servd.errors import ConfigError
-from servd.quant.base import QUANT_METHODS, QuantMethod, Shard
-from servd.quant.codes import cut, float_rows
+from servd.quant.base import QUANT_METHODS, QuantMethod
+from servd.quant.codes import Part, float_rows
 
 _MAX_ROTATION = 64  # wider blocks gain nothing that a starter-sized model shows, and cost each token more
 _MIN_ROTATION = 16
@@ -39,16 +38,7 @@ class W8A8Weights(QuantMethod):
         self._num_missing = out_features
         self._unpacked: tuple[Tensor, Tensor] | None = None  # codes [out_features, in_features], scales [out_features]
 
-    def checkpoint_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
-        return {"weight": (out_features, in_features)}
-
-    def load_shard(self, name: str, tensor: Tensor, shard: Shard) -> None:
-        self._convert(tensor[shard.out_features, shard.in_features], shard.offset)
-
-    def load_codes(self, weight: GroupedWeight, shard: Shard) -> None:
-        self._convert(cut(weight, shard.out_features, shard.in_features), shard.offset)
-
-    def _convert(self, part: Tensor | GroupedWeight, offset: int) -> None:
+    def take(self, part: Part, offset: int) -> None:
         if self._unpacked is None:
             codes = torch.zeros(self._shape, dtype=torch.int8, device=self.device)
             self._unpacked = codes, torch.zeros(self._shape[0], device=self.device)
