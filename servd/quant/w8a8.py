@@ -31,7 +31,6 @@ class W8A8Weights(QuantMethod):
             raise ConfigError(f"in_features is {in_features}; allowed with w8a8: up to {MAX_IN_FEATURES}")
         block = min(_MAX_ROTATION, in_features & -in_features)  # the largest power of two that divides
         self._rotation = block if block >= _MIN_ROTATION else None
-        self._hadamard = linear.pack(rotate(torch.eye(block, device=self.device), block))
         self._gate = gate
         self.applies_gate = gate is not None
         self._shape = (out_features, in_features)
@@ -43,12 +42,13 @@ class W8A8Weights(QuantMethod):
             codes = torch.zeros(self._shape, dtype=torch.int8, device=self.device)
             self._unpacked = codes, torch.zeros(self._shape[0], device=self.device)
         codes, scales = self._unpacked
+        size = self._rotation
+        hadamard = linear.pack(rotate(torch.eye(size, device=self.device), size)) if size else None
         for rows, values in float_rows(part):
             own = slice(offset + rows.start, offset + rows.stop)
             values = values.to(self.device)
-            if self._rotation:  # as a product: a third of the time of `rotate`; with our kernel: the same bits always
-                blocks = values.reshape(-1, self._rotation)
-                values = linear.linear(blocks, self._hadamard).view_as(values)
+            if hadamard:  # as a product: a third of the time of `rotate`; with our kernel: the same bits always
+                values = linear.linear(values.reshape(-1, hadamard.in_features), hadamard).view_as(values)
             codes[own], scales[own] = linear_w8a8.quantize_weight(values)
             self._num_missing -= own.stop - own.start
         if self._num_missing == 0:  # at once: loose codes of all layers would be a second model
@@ -60,7 +60,6 @@ class W8A8Weights(QuantMethod):
         self._packed = linear_w8a8.pack(*self._unpacked, gated=self.applies_gate, rotation=self._rotation)
         self._run = self._packed.run
         self._unpacked = None
-        del self._hadamard
 
     def apply(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
         return self._run(x, self._packed, bias, out_dtype, None, self._gate)
