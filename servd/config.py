@@ -13,7 +13,7 @@ from typing import Any
 from servd.errors import ConfigError
 
 GIB = 1 << 30
-MAX_DRAFTS = 32  # a step's rows pay for themselves up to here on no machine seen
+MAX_DRAFTS = 32  # guesses in a step; on no machine seen do so many pay for themselves
 QUANTIZATIONS = ("auto", "none", "stored", "w8a8", "w4a8", "w4a16", "int8")
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8", "int4")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from servd_kernels.linear_wna16 import GroupedWeight
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from servd.distributed.group import TPGroup
 from servd.errors import ConfigError
-from servd.quant.base import QuantMethod
+from servd.quant.base import QuantMethod, Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,17 @@ class WeightSlot:
     load: Callable[[Tensor], None]  # takes this rank's part, in any floating dtype
     required: bool = True
     load_codes: Callable[[GroupedWeight], None] | None = None  # takes its codes and scales, where the file has those
+
+
+def matrix_slots(
+    quant: QuantMethod, name: str, out_features: int, in_features: int, shard: Shard
+) -> dict[str, WeightSlot]:
+    """Where `quant` takes `shard` of the checkpoint's matrix `name`, [out_features, in_features], from."""
+    load_codes = partial(quant.load_codes, shard=shard) if quant.takes_codes else None
+    return {
+        f"{name}.{suffix}": WeightSlot(shape, partial(quant.load_shard, suffix, shard=shard), load_codes=load_codes)
+        for suffix, shape in quant.checkpoint_shapes(out_features, in_features).items()
+    }
 
 
 class Layer:

@@ -5,16 +5,13 @@ Knows nothing of tokenizers or sampling.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from servd_kernels import embedding
 from servd_kernels.linear_wna16 import GroupedWeight
 from torch import Tensor
 
 from servd.errors import ConfigError
-from servd.layers.base import Layer, LayerContext, WeightSlot
+from servd.layers.base import Layer, LayerContext, WeightSlot, matrix_slots
 from servd.quant.base import QuantMethod, Shard
 from servd.quant.codes import float_rows
 
@@ -41,8 +38,7 @@ class VocabEmbedding(Layer):
         self._weight: Tensor | None = torch.zeros(
             self.num_rows, hidden_size, dtype=context.dtype, device=context.device
         )
-        look_up = embedding.OP.bind(device=context.device.type, dtype=context.dtype)
-        self._rows: Callable[[Tensor], Tensor] = partial(look_up, table=self._weight)
+        self._look_up = embedding.OP.bind(device=context.device.type, dtype=context.dtype)
         self._head: QuantMethod | None = None
 
     def tie(self, head: QuantMethod) -> None:
@@ -50,11 +46,6 @@ class VocabEmbedding(Layer):
         self._head = head
         if head.keeps_rows:
             self._weight = None
-
-    def take_rows_from_head(self) -> None:
-        """After loading: a tied head has packed the only copy, if it can give rows back."""
-        if self._head is not None and self._head.rows is not None:
-            self._rows = self._head.rows
 
     def weight_slots(self) -> dict[str, WeightSlot]:
         load_codes = self._load_codes if self._head is not None and self._head.takes_codes else None
@@ -74,6 +65,13 @@ class VocabEmbedding(Layer):
             for rows, values in float_rows(weight, self._kept):
                 self._weight[rows].copy_(values)
         self._head.load_codes(weight, Shard(self._kept, _ALL, 0))
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        if self._weight is not None:
+            rows: Tensor = self._look_up(ids, self._weight)
+            return rows
+        assert self._head is not None and self._head.rows is not None, "asked for rows before they were loaded"
+        return self._head.rows(ids)
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """input_ids [num_tokens] int64 → [num_tokens, hidden_size]."""
@@ -121,19 +119,10 @@ class LMHead(Layer):
             shape = (self._vocab_size, self._hidden_size)
             return {f"{self._name}.weight": WeightSlot(shape, lambda tensor: None, required=False)}
         shard = Shard(self._kept, _ALL, 0)
-        load_codes = partial(self._quant.load_codes, shard=shard) if self._quant.takes_codes else None
-        shapes = self._quant.checkpoint_shapes(self._vocab_size, self._hidden_size)
-        return {
-            f"{self._name}.{name}": WeightSlot(
-                shape, partial(self._quant.load_shard, name, shard=shard), load_codes=load_codes
-            )
-            for name, shape in shapes.items()
-        }
+        return matrix_slots(self._quant, self._name, self._vocab_size, self._hidden_size, shard)
 
     def finish_loading(self) -> None:
         self._quant.finish_loading()
-        if self._tied_to is not None:
-            self._tied_to.take_rows_from_head()
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden [num_rows, hidden_size] → logits [num_rows, vocab_size] float32, the same on every rank."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from servd.errors import ConfigError
 from servd.layers.activation import epilogue, gated_activation
-from servd.layers.base import Layer, LayerContext, WeightSlot, check_divides
+from servd.layers.base import Layer, LayerContext, WeightSlot, check_divides, matrix_slots
 from servd.quant.base import Shard
 
 _ALL = slice(None)
@@ -60,10 +60,7 @@ class ReplicatedLinear(Layer):
         offset = 0
         for part in self._parts:
             shard = Shard(part.kept, self._kept_inputs, offset)
-            for name, shape in self._quant.checkpoint_shapes(part.out_features, self._in_features).items():
-                load = partial(self._quant.load_shard, name, shard=shard)
-                load_codes = partial(self._quant.load_codes, shard=shard) if self._quant.takes_codes else None
-                slots[f"{part.name}.{name}"] = WeightSlot(shape, load, load_codes=load_codes)
+            slots |= matrix_slots(self._quant, part.name, part.out_features, self._in_features, shard)
             if self._bias is not None:
                 slots[f"{part.name}.bias"] = WeightSlot((part.out_features,), partial(self._load_bias, shard=shard))
             offset += part.kept.stop - part.kept.start

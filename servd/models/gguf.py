@@ -5,7 +5,6 @@ Knows llama.cpp's tensor names and its reordering of q and k; nothing of layers.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Container, Iterator, Mapping
@@ -20,6 +19,7 @@ from torch import Tensor
 from servd.errors import ConfigError
 from servd.models.ggml_types import GGML_TYPES, dequantize, read_codes
 from servd.models.weight_files import WeightFiles
+from servd.quant.codes import fieldwise
 
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
@@ -102,9 +102,7 @@ class GGUFFile(WeightFiles):
         weight = read_codes(raw, entry.ggml_type, entry.shape) if is_coded else None
         if weight is None:
             return self._restore_order(entry.name, dequantize(raw, entry.ggml_type, entry.shape, dtype))
-        codes, scales = self._restore_order(entry.name, weight.codes), self._restore_order(entry.name, weight.scales)
-        minima = None if weight.minima is None else self._restore_order(entry.name, weight.minima)
-        return dataclasses.replace(weight, codes=codes, scales=scales, minima=minima)
+        return fieldwise(lambda tensor: self._restore_order(entry.name, tensor), weight)
 
     def _restore_order(self, name: str, tensor: Tensor) -> Tensor:
         """Undo llama.cpp's reordering of rows: it interleaves the two halves of each head's."""

@@ -54,6 +54,7 @@ def load_model(
     Raises ConfigError naming the field, file or tensor that is wrong.
     """
     config = files.config()
+    _refuse_foreign_codes(config)
     model_class = MODELS.get(_architecture(config))
     weight_files = _open_weights(files, config, model_class)
     compute_dtype = _resolve_dtype(dtype, config, weight_files)
@@ -61,7 +62,7 @@ def load_model(
         dtype=compute_dtype,
         device=torch.device(device),
         group=group or TPGroup.single(),
-        quant_method=_quant_method(quantization, files, weight_files, compute_dtype, device),
+        quant_method=_quant_method(quantization, files.recommended_quantization, weight_files, compute_dtype, device),
         deterministic=deterministic,
     )
     model = model_class(config, context)
@@ -110,17 +111,24 @@ def _resolve_dtype(dtype: str, config: Mapping[str, Any], weight_files: WeightFi
     return _DTYPES[dtype]
 
 
+def _refuse_foreign_codes(config: Mapping[str, Any]) -> None:
+    """Formats of the hub (awq, gptq, …): none is read yet, and --quantization does not turn one into another."""
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        name = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise ConfigError(
+            f"quantization_config in config.json names quant_method {name!r}; allowed: checkpoints without one, of "
+            "float32, bfloat16 or float16, or a .gguf file"
+        )
+
+
 def _quant_method(
-    asked: str, files: ModelFiles, weight_files: WeightFiles, dtype: torch.dtype, device: str
+    asked: str, recommended: str | None, weight_files: WeightFiles, dtype: torch.dtype, device: str
 ) -> type[QuantMethod]:
-    quantization = files.config().get("quantization_config")
-    if quantization is not None:  # a format of the hub, which nothing else can read
-        name = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        return QUANT_METHODS.get(str(name))
     if asked == "auto":
         # On a GPU nothing has been measured that would beat the compute dtype.
         is_plain = dtype == torch.float32 or not weight_files.is_quantized or torch.device(device).type != "cpu"
-        asked = "none" if is_plain else files.recommended_quantization or "stored"
+        asked = "none" if is_plain else recommended or "stored"
     return QUANT_METHODS.get(asked)
 
 

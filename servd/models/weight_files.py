@@ -33,6 +33,6 @@ class WeightFiles(ABC):
     def tensors(self, dtype: torch.dtype, coded: Container[str] = ()) -> Iterator[tuple[str, Tensor | GroupedWeight]]:
         """Name and tensor, on the CPU, in `dtype` or any other floating type; valid until the next one is asked for.
 
-        A matrix named in `coded` comes as codes and scales, exactly as the file has them, if it has them.
+        A matrix named in `coded` comes as codes and scales, exactly as the file has them, if it has them, to keep.
         Raises ConfigError naming the tensor for a type that is not supported.
         """

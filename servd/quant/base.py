@@ -14,6 +14,7 @@ import torch
 from servd_kernels.linear_wna16 import GroupedWeight
 from torch import Tensor
 
+from servd.quant.codes import Part, cut
 from servd.registry import Registry
 
 
@@ -58,17 +59,27 @@ class QuantMethod(ABC):
         which a format may apply as it multiplies. Raises ConfigError for sizes that the format cannot have.
         """
 
-    @abstractmethod
     def checkpoint_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         """What a checkpoint holds for a whole matrix of that size: last part of the tensor's name → its shape."""
+        return {"weight": (out_features, in_features)}
 
-    @abstractmethod
     def load_shard(self, name: str, tensor: Tensor, shard: Shard) -> None:
         """Take `shard` out of the checkpoint's tensor, whose name ends in `name` and whose shape was checked."""
+        self.take(tensor[shard.out_features, shard.in_features], shard.offset)
 
     def load_codes(self, weight: GroupedWeight, shard: Shard) -> None:
-        """Take `shard` out of a whole matrix that the checkpoint holds as codes and scales."""
-        self.load_shard("weight", weight.dequantize(), shard)
+        """Take `shard` out of a whole matrix that the checkpoint holds as codes and scales, where `takes_codes`.
+
+        Raises ConfigError if the shard's columns cut a group in two.
+        """
+        self.take(cut(weight, shard.out_features, shard.in_features), shard.offset)
+
+    @abstractmethod
+    def take(self, part: Part, offset: int) -> None:
+        """The rows of this rank's matrix from `offset` on, in any floating dtype or, where `takes_codes`, as codes.
+
+        Floats are the file's memory: a method that keeps them copies them.
+        """
 
     @abstractmethod
     def finish_loading(self) -> None:

@@ -14,12 +14,10 @@ import torch
 from servd_kernels import linear, linear_wna16
 from servd_kernels.linear_wna16 import GroupedWeight
 from torch import Tensor
-from torch.nn import functional
 
-from servd.quant.base import QUANT_METHODS, QuantMethod, Shard
-from servd.quant.codes import cut, float_rows, form, stack, with_zero_rows
+from servd.quant.base import QUANT_METHODS, QuantMethod
+from servd.quant.codes import Part, fieldwise, float_rows, form, num_rows, stack, with_zero_rows
 
-_Part = Tensor | GroupedWeight
 _Product = Callable[[Tensor, Tensor | None, torch.dtype | None], Tensor]  # x, bias, out_dtype
 
 
@@ -30,29 +28,20 @@ class GroupedWeights(QuantMethod):
     activations: str  # what the kernel makes of x: "none" takes it as it comes, "int8" rounds each group
 
     @abstractmethod
-    def convert(self, part: _Part) -> _Part:
+    def convert(self, part: Part) -> Part:
         """A part of this rank, [rows, columns], in the form in which it is kept."""
 
     def create_weights(self, out_features: int, in_features: int, gate: str | None = None) -> None:
         self._out_features = out_features
         self._gate = gate
         self._num_loaded = 0
-        self._parts: list[tuple[int, _Part]] = []  # and where each begins
+        self._parts: list[tuple[int, Part]] = []  # and where each begins
         self._products: list[tuple[slice, _Product]] = []  # and the features that each gives
 
-    def checkpoint_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
-        return {"weight": (out_features, in_features)}
-
-    def load_shard(self, name: str, tensor: Tensor, shard: Shard) -> None:
-        self._take(tensor[shard.out_features, shard.in_features], shard.offset)
-
-    def load_codes(self, weight: GroupedWeight, shard: Shard) -> None:
-        self._take(cut(weight, shard.out_features, shard.in_features), shard.offset)
-
-    def _take(self, part: _Part, offset: int) -> None:
+    def take(self, part: Part, offset: int) -> None:
         part = self.convert(part)
         self._parts.append((offset, part))
-        self._num_loaded += _num_rows(part)
+        self._num_loaded += num_rows(part)
         if self._num_loaded == self._out_features:  # at once: loose parts of all layers would be a second model
             self._pack()
 
@@ -63,27 +52,24 @@ class GroupedWeights(QuantMethod):
     def _pack(self, zero_rows: int = 0) -> None:
         parts = [part for _, part in sorted(self._parts, key=lambda entry: entry[0])]
         self._parts = []
-        begin = 0
         if zero_rows:
-            parts[-1] = _padded(parts[-1], zero_rows)
-        runs = [list(run) for _, run in groupby(parts, _form)]
+            parts[-1] = with_zero_rows(parts[-1], zero_rows)
+        runs = [list(run) for _, run in groupby(parts, form)]
         self.applies_gate = self._gate is not None and len(runs) == 1  # else the halves are of different forms
+        begin = 0
         for same in runs:
-            end = begin + sum(map(_num_rows, same))
-            product = self._dense(same) if isinstance(same[0], Tensor) else self._coded(same)
-            self._products.append((slice(begin, end), product))
+            end = begin + sum(map(num_rows, same))
+            self._products.append((slice(begin, end), self._product(stack(same))))
             begin = end
 
-    def _coded(self, parts: list[_Part]) -> _Product:
-        weight = stack([part for part in parts if isinstance(part, GroupedWeight)])
-        packed = linear_wna16.pack(weight, self.activations, gated=self.applies_gate)
-        run, activation = packed.run, self._gate if self.applies_gate else None
-        return lambda x, bias, out_dtype: run(x, packed, bias, out_dtype, activation)
-
-    def _dense(self, parts: list[_Part]) -> _Product:
-        matrix = torch.cat([part for part in parts if isinstance(part, Tensor)])
-        packed = linear.pack(matrix, gated=self.applies_gate, deterministic=self.deterministic)
-        run, activation = packed.run, self._gate if self.applies_gate else None
+    def _product(self, matrix: Part) -> _Product:
+        packed: linear.PackedWeight | linear_wna16.PackedWeight
+        if isinstance(matrix, Tensor):
+            packed = linear.pack(matrix, gated=self.applies_gate, deterministic=self.deterministic)
+        else:
+            packed = linear_wna16.pack(matrix, self.activations, gated=self.applies_gate)
+        run: Callable[..., Tensor] = packed.run
+        activation = self._gate if self.applies_gate else None
         return lambda x, bias, out_dtype: run(x, packed, bias, out_dtype, activation)
 
     def apply(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -96,11 +82,7 @@ class GroupedWeights(QuantMethod):
 
     def _moved(self, weight: GroupedWeight) -> GroupedWeight:
         """On the device where it is multiplied."""
-        if weight.codes.device == self.device:
-            return weight
-        zeros, minima = (None if t is None else t.to(self.device) for t in (weight.zeros, weight.minima))
-        codes, scales = weight.codes.to(self.device), weight.scales.to(self.device)
-        return GroupedWeight(codes, scales, weight.bits, weight.group_size, zeros, minima)
+        return fieldwise(lambda tensor: tensor.to(self.device), weight)
 
 
 class ConvertedWeights(GroupedWeights):
@@ -110,7 +92,7 @@ class ConvertedWeights(GroupedWeights):
     group_size: ClassVar[int]
     symmetric: ClassVar[bool]
 
-    def convert(self, part: _Part) -> _Part:
+    def convert(self, part: Part) -> Part:
         if isinstance(part, GroupedWeight) and part.bits == self.bits:
             return self._moved(part)
         return stack([
@@ -119,26 +101,28 @@ class ConvertedWeights(GroupedWeights):
         ])  # fmt: skip
 
 
-@QUANT_METHODS.register("w4a16")
-class W4A16Weights(ConvertedWeights):
-    """4-bit weights in groups of 32, activations as they are."""
+class FourBitWeights(ConvertedWeights):
+    """4-bit weights in groups of 32."""
 
-    bits, group_size, symmetric, activations = 4, 32, False, "none"
+    bits, group_size, symmetric = 4, 32, False
 
     @classmethod
     def for_head(cls) -> type[QuantMethod]:
         return Int8Weights
+
+
+@QUANT_METHODS.register("w4a16")
+class W4A16Weights(FourBitWeights):
+    """Activations as they are."""
+
+    activations = "none"
 
 
 @QUANT_METHODS.register("w4a8")
-class W4A8Weights(ConvertedWeights):
-    """4-bit weights in groups of 32, activations rounded to int8 in the same groups."""
+class W4A8Weights(FourBitWeights):
+    """Activations rounded to int8 in the weights' groups."""
 
-    bits, group_size, symmetric, activations = 4, 32, False, "int8"
-
-    @classmethod
-    def for_head(cls) -> type[QuantMethod]:
-        return Int8Weights
+    activations = "int8"
 
 
 @QUANT_METHODS.register("int8")
@@ -160,21 +144,7 @@ class StoredWeights(GroupedWeights):
         super().__init__(dtype, device, deterministic)
         self.activations = "int8" if device.type == "cpu" else "none"
 
-    def convert(self, part: _Part) -> _Part:
+    def convert(self, part: Part) -> Part:
         if isinstance(part, GroupedWeight):
             return self._moved(part)
         return part.to(self.device, self.dtype, copy=True)  # the file's memory is its own
-
-
-def _num_rows(part: _Part) -> int:
-    return len(part if isinstance(part, Tensor) else part.codes)
-
-
-def _form(part: _Part) -> tuple[object, ...] | None:
-    return None if isinstance(part, Tensor) else form(part)
-
-
-def _padded(part: _Part, zero_rows: int) -> _Part:
-    if isinstance(part, Tensor):
-        return functional.pad(part, (0, 0, 0, zero_rows))
-    return with_zero_rows(part, zero_rows)

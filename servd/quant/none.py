@@ -11,7 +11,8 @@ import torch
 from servd_kernels import linear
 from torch import Tensor
 
-from servd.quant.base import QUANT_METHODS, QuantMethod, Shard
+from servd.quant.base import QUANT_METHODS, QuantMethod
+from servd.quant.codes import Part
 
 
 @QUANT_METHODS.register("none")
@@ -31,13 +32,10 @@ class DenseWeights(QuantMethod):
         self._gate = gate
         self.applies_gate = gate is not None
 
-    def checkpoint_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
-        return {"weight": (out_features, in_features)}
-
-    def load_shard(self, name: str, tensor: Tensor, shard: Shard) -> None:
+    def take(self, part: Part, offset: int) -> None:
         assert self._weight is not None, "loaded after finish_loading"
-        rows = tensor[shard.out_features, shard.in_features]
-        self._weight[shard.offset : shard.offset + rows.shape[0]].copy_(rows)
+        assert isinstance(part, Tensor), "codes given to a format that takes none"
+        self._weight[offset : offset + len(part)].copy_(part)
 
     def finish_loading(self) -> None:
         assert self._weight is not None, "finish_loading called twice"

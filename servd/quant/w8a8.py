@@ -9,13 +9,12 @@ from __future__ import annotations
 import torch
 from servd_kernels import linear, linear_w8a8
 from servd_kernels.linear_w8a8 import MAX_IN_FEATURES
-from servd_kernels.linear_wna16 import GroupedWeight
 from servd_kernels.weight_quant import rotate
 from torch import Tensor
 
 from servd.errors import ConfigError
-from servd.quant.base import QUANT_METHODS, QuantMethod, Shard
-from servd.quant.codes import cut, float_rows
+from servd.quant.base import QUANT_METHODS, QuantMethod
+from servd.quant.codes import Part, float_rows
 
 _MAX_ROTATION = 64  # wider blocks gain nothing that a starter-sized model shows, and cost each token more
 _MIN_ROTATION = 16
@@ -32,33 +31,24 @@ class W8A8Weights(QuantMethod):
             raise ConfigError(f"in_features is {in_features}; allowed with w8a8: up to {MAX_IN_FEATURES}")
         block = min(_MAX_ROTATION, in_features & -in_features)  # the largest power of two that divides
         self._rotation = block if block >= _MIN_ROTATION else None
-        self._hadamard = linear.pack(rotate(torch.eye(block, device=self.device), block))
         self._gate = gate
         self.applies_gate = gate is not None
         self._shape = (out_features, in_features)
         self._num_missing = out_features
         self._unpacked: tuple[Tensor, Tensor] | None = None  # codes [out_features, in_features], scales [out_features]
 
-    def checkpoint_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
-        return {"weight": (out_features, in_features)}
-
-    def load_shard(self, name: str, tensor: Tensor, shard: Shard) -> None:
-        self._convert(tensor[shard.out_features, shard.in_features], shard.offset)
-
-    def load_codes(self, weight: GroupedWeight, shard: Shard) -> None:
-        self._convert(cut(weight, shard.out_features, shard.in_features), shard.offset)
-
-    def _convert(self, part: Tensor | GroupedWeight, offset: int) -> None:
+    def take(self, part: Part, offset: int) -> None:
         if self._unpacked is None:
             codes = torch.zeros(self._shape, dtype=torch.int8, device=self.device)
             self._unpacked = codes, torch.zeros(self._shape[0], device=self.device)
         codes, scales = self._unpacked
+        size = self._rotation
+        hadamard = linear.pack(rotate(torch.eye(size, device=self.device), size)) if size else None
         for rows, values in float_rows(part):
             own = slice(offset + rows.start, offset + rows.stop)
             values = values.to(self.device)
-            if self._rotation:  # as a product: a third of the time of `rotate`; with our kernel: the same bits always
-                blocks = values.reshape(-1, self._rotation)
-                values = linear.linear(blocks, self._hadamard).view_as(values)
+            if hadamard:  # as a product: a third of the time of `rotate`; with our kernel: the same bits always
+                values = linear.linear(values.reshape(-1, hadamard.in_features), hadamard).view_as(values)
             codes[own], scales[own] = linear_w8a8.quantize_weight(values)
             self._num_missing -= own.stop - own.start
         if self._num_missing == 0:  # at once: loose codes of all layers would be a second model
@@ -70,7 +60,6 @@ class W8A8Weights(QuantMethod):
         self._packed = linear_w8a8.pack(*self._unpacked, gated=self.applies_gate, rotation=self._rotation)
         self._run = self._packed.run
         self._unpacked = None
-        del self._hadamard
 
     def apply(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
         return self._run(x, self._packed, bias, out_dtype, None, self._gate)

@@ -9,9 +9,10 @@ import json
 import random
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gguf
 import torch
@@ -22,6 +23,8 @@ from servd.attention.metadata import AttentionMetadata
 from servd.distributed.group import TPGroup
 from servd.hub.files import ModelFiles
 from servd.models.base import Model
+
+T = TypeVar("T")
 
 DIMENSIONS = {
     "vocab_size": 96,
@@ -163,7 +166,7 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: 
 
 
 class ThreadRanks:
-    """The collectives of `size` ranks that run as threads of this process."""
+    """`size` ranks that run as threads of this process, and their collectives."""
 
     def __init__(self, size: int) -> None:
         self._barrier = threading.Barrier(size, timeout=30)
@@ -172,6 +175,11 @@ class ThreadRanks:
             TPGroup(rank, size, self._collective(rank, sum), self._collective(rank, lambda parts: torch.cat(parts, -1)))
             for rank in range(size)
         ]
+
+    def run(self, work: Callable[[TPGroup], T]) -> list[T]:
+        """What `work` returns on each rank. Raises what it raised on the first that failed."""
+        with ThreadPoolExecutor(len(self.groups)) as pool:
+            return list(pool.map(work, self.groups))
 
     def _collective(self, rank: int, combine: Callable[[list[Tensor]], Any]) -> Callable[[Tensor], Tensor]:
         def run(tensor: Tensor) -> Tensor:

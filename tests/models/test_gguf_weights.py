@@ -18,12 +18,15 @@ import transformers
 from torch import Tensor
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from servd.config import QUANTIZATIONS
+from servd.distributed.group import TPGroup
 from servd.errors import ConfigError
 from servd.hub.files import ModelFiles
 from servd.models.gguf import huggingface_name
 from servd.models.loader import load_model
 from tests.models.model_helpers import (
     DIMENSIONS,
+    ThreadRanks,
     assert_close,
     gguf_files,
     prompts,
@@ -170,6 +173,28 @@ def test_stored_codes_give_the_logits_of_the_same_file_dequantized(
     for name, expected in exact.items():
         error = (stored[name] - expected).std() / expected.std()
         assert 0 < error < 0.05
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_ranks_share_the_codes_of_a_file(quantization: str, tmp_path: Path) -> None:
+    """Of 4 ranks, the last has fewer rows of the vocabulary; each KV head is held twice."""
+    theirs = build("Llama", tie_word_embeddings=True, intermediate_size=128, hidden_size=128, vocab_size=97)
+    files = gguf_of(theirs, tmp_path, quantization="Q4_1", others={"v_proj": "Q8_0"})
+
+    def work(group: TPGroup) -> Tensor:
+        model = load_model(files, dtype="float32", device="cpu", quantization=quantization, group=group)
+        return run_mixed(model, prompts())["a"]
+
+    (alone,) = ThreadRanks(1).run(work)
+    for logits in ThreadRanks(4).run(work):
+        assert logits.shape == (23, 97)
+        assert (logits - alone).std() < 0.1 * alone.std()
+
+
+def test_ranks_that_would_cut_a_group_are_told_the_tensor(tmp_path: Path) -> None:
+    files = gguf_of(build("Llama"), tmp_path, quantization="Q4_0")  # 96 columns in groups of 32
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.down_proj\.weight: columns 0 to 48 of 96 .* groups of 32"):
+        load_model(files, dtype="bfloat16", device="cpu", group=TPGroup(0, 2, torch.clone, torch.clone))
 
 
 def test_auto_takes_codes_where_the_file_has_them_unless_all_is_to_be_exact(tmp_path: Path) -> None:

@@ -97,10 +97,13 @@ def test_weights_that_need_scales_are_refused(files: ModelFiles, dtype: torch.dt
     assert message.startswith(f"tensor {Q_PROJ} has dtype") and "BF16" in message
 
 
-def test_quantized_checkpoint_names_the_known_formats(files: ModelFiles) -> None:
-    edit_config(files, quantization_config={"quant_method": "awq", "bits": 4})
-    message = refused(files)
-    assert "unknown weight format 'awq'" in message and "none" in message
+def test_a_quantized_checkpoint_of_the_hub_says_what_to_take_instead(files: ModelFiles) -> None:
+    """Whatever its method is called: names of ours are not names of the hub's."""
+    for name in ("awq", "int8", "none"):
+        edit_config(files, quantization_config={"quant_method": name, "bits": 4})
+        message = refused(files)
+        assert f"quantization_config in config.json names quant_method '{name}'; allowed: " in message
+        assert "bfloat16" in message and ".gguf" in message
 
 
 def test_damaged_header_names_the_file(files: ModelFiles) -> None:

@@ -5,7 +5,6 @@ Knows nothing of how layers are built.
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from servd.distributed.group import TPGroup
 from servd.models.loader import load_model
 from tests.models.model_helpers import (
     DIMENSIONS,
@@ -108,19 +108,11 @@ def test_tensor_parallel_ranks_compute_what_one_rank_does(case: str, size: int, 
     """With 4 ranks over 2 KV heads, each KV head is held twice."""
     theirs = build(case)
     files = save(theirs, tmp_path)
-    results: list[dict[str, Tensor]] = [{} for _ in range(size)]
-    ranks = ThreadRanks(size)
 
-    def work(rank: int) -> None:
-        model = load_model(files, dtype="float32", device="cpu", group=ranks.groups[rank])
-        results[rank] = run_mixed(model, prompts())
+    def work(group: TPGroup) -> dict[str, Tensor]:
+        return run_mixed(load_model(files, dtype="float32", device="cpu", group=group), prompts())
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
+    for result in ThreadRanks(size).run(work):
         assert_close(result, reference_logits(theirs, prompts()))
 
 
@@ -129,19 +121,11 @@ def test_vocabulary_that_does_not_divide_by_the_ranks(tmp_path: Path) -> None:
     theirs = transformers.LlamaForCausalLM(config).eval()
     randomize(theirs)
     files = save(theirs, tmp_path)
-    results: list[dict[str, Tensor]] = [{}, {}]
-    ranks = ThreadRanks(2)
 
-    def work(rank: int) -> None:
-        model = load_model(files, dtype="float32", device="cpu", group=ranks.groups[rank])
-        results[rank] = run_mixed(model, prompts(97))
+    def work(group: TPGroup) -> dict[str, Tensor]:
+        return run_mixed(load_model(files, dtype="float32", device="cpu", group=group), prompts(97))
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
+    for result in ThreadRanks(2).run(work):
         assert result["a"].shape == (23, 97)
         assert_close(result, reference_logits(theirs, prompts(97)))
 
