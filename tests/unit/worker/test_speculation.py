@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from servd.outputs import ScheduledRequests, SchedulerOutput
 from servd.worker.drafter import Drafter, Int32s, Int64s
 from servd.worker.model_runner import ModelRunner
-from tests.unit.worker.driver import Driver
+from tests.unit.worker.driver import Driver, Sequence
 from tests.unit.worker.fake_model import NAN_TOKEN, FakeModel, make_runner
 
 BLOCK = 4
@@ -70,12 +70,20 @@ def knowing(answers: list[list[int]], wrong_at: Callable[[int], int]) -> Guess:
     return guess
 
 
-def test_right_guesses_bring_several_tokens_in_one_step() -> None:
-    prompt = make_prompt(1, 6)
-    expected, _ = alone(prompt, 12, temperature=0.0)
-    driver, _, model = make_driver(knowing([prompt + expected], lambda _: 99))
-    a = driver.add("a", prompt, temperature=0.0, max_tokens=12)
+def begun(
+    seed: int, num_tokens: int, wrong_at: Callable[[int], int] = lambda _: 99
+) -> tuple[Driver, Sequence, FakeModel, list[int]]:
+    """A greedy request "a" with its first token, whose answer is guessed with errors at `wrong_at`; and that answer."""
+    prompt = make_prompt(seed, 6)
+    expected, _ = alone(prompt, num_tokens, temperature=0.0)
+    driver, _, model = make_driver(knowing([prompt + expected], wrong_at))
+    sequence = driver.add("a", prompt, temperature=0.0, max_tokens=num_tokens)
     driver.step({"a": 0})
+    return driver, sequence, model, expected
+
+
+def test_right_guesses_bring_several_tokens_in_one_step() -> None:
+    driver, a, model, expected = begun(seed=1, num_tokens=12)
     output = driver.step({"a": 0}, num_drafts=5)
     assert output.num_accepted_tokens == [5] and output.num_draft_tokens == 5
     assert model.batch_sizes[-1] == (6, 1) and model.logit_rows[-1] == 6
@@ -84,11 +92,7 @@ def test_right_guesses_bring_several_tokens_in_one_step() -> None:
 
 
 def test_what_follows_a_wrong_guess_is_computed_again() -> None:
-    prompt = make_prompt(2, 6)
-    expected, _ = alone(prompt, 9, temperature=0.0)
-    driver, _, _ = make_driver(knowing([prompt + expected], lambda _: 2))
-    a = driver.add("a", prompt, temperature=0.0)
-    driver.step({"a": 0})
+    driver, a, _, expected = begun(seed=2, num_tokens=9, wrong_at=lambda _: 2)
     while len(a.output) < 7:
         assert driver.step({"a": 0}, num_drafts=6).num_accepted_tokens == [2]
     driver.step({"a": 0})
@@ -97,19 +101,15 @@ def test_what_follows_a_wrong_guess_is_computed_again() -> None:
 
 
 def test_a_plan_that_knows_too_little_goes_on_from_what_the_worker_has() -> None:
-    prompt = make_prompt(3, 6)
-    expected, _ = alone(prompt, 9, temperature=0.0)
-    driver, runner, _ = make_driver(knowing([prompt + expected], lambda _: 99))
-    a = driver.add("a", prompt, temperature=0.0, max_tokens=9)
-    driver.step({"a": 0})
+    driver, a, _, expected = begun(seed=3, num_tokens=9)
     blocks = [[driver.new_block() for _ in range(2)], []]
     tokens = []
     for i in range(2):  # both planned when one token was known
         scheduled = ScheduledRequests(["a"], [6 + i], [1], [blocks[i]], [True], [3])
-        tokens.append(runner.execute(SchedulerOutput(1 + i, [], scheduled, [], [], [])).sampled_token_ids)
+        tokens.append(driver.execute(SchedulerOutput(1 + i, [], scheduled, [], [], [])).sampled_token_ids)
     assert [*a.output, *tokens[0], *tokens[1]] == expected
     scheduled = ScheduledRequests(["a"], [8], [1], [[]], [True], [3])
-    output = runner.execute(SchedulerOutput(3, [], scheduled, [], [], []))
+    output = driver.execute(SchedulerOutput(3, [], scheduled, [], [], []))
     assert (output.request_ids, output.failed) == ([], {})  # it has all its tokens: nothing is left to compute
 
 
