@@ -51,6 +51,15 @@ def test_a_plan_made_ahead_has_room_for_whatever_the_drafts_before_it_brought(ma
     assert worker.num_accepted > 0 and request.num_inflight_drafts == 0
 
 
+def test_room_for_drafts_ends_where_the_last_token_is_sampled(make_scheduler, make_request):
+    scheduler = make_scheduler(num_speculative_tokens=7)
+    request = make_request("a", 4, max_tokens=9)  # the thirteenth token needs no slot
+    scheduler.add(request)
+    for _ in range(4):
+        scheduler.schedule()
+    assert len(scheduler.cache.block_ids(request)) == 3
+
+
 def test_a_plan_behind_the_last_token_of_a_request_gives_it_none(make_scheduler, make_request):
     scheduler, worker = make_scheduler(num_speculative_tokens=3), WorkerModel(4)
     request = make_request("a", 5, max_tokens=5)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from servd.outputs import ScheduledRequests, SchedulerOutput
+from servd.worker.draft_budget import StepCost
 from servd.worker.drafter import Drafter, Int32s, Int64s
 from servd.worker.model_runner import ModelRunner
 from tests.unit.worker.driver import Driver, Sequence
@@ -144,6 +145,25 @@ def test_a_token_that_kills_its_successors_is_given_before_the_failure() -> None
     assert a.output == [NAN_TOKEN] and output.failed == {}
     output = driver.step({"a": 0, "b": 0}, num_drafts=3)
     assert list(output.failed) == ["a"] and len(b.output) == 2
+
+
+def test_what_a_row_costs_is_learned_from_steps_whose_rows_all_sample() -> None:
+    class SeenCost(StepCost):
+        def observe(self, num_rows: int, seconds: float) -> None:
+            seen.append(num_rows)
+
+    seen: list[int] = []
+    drafter = GivenDrafter(lambda tokens, count: [1] * count)
+    drafter.cost = SeenCost()
+    driver = Driver(make_runner(block_size=BLOCK, drafter=drafter).execute, BLOCK)
+    driver.add("a", make_prompt(8, 5), temperature=0.0)
+    driver.add("b", make_prompt(9, 5), temperature=0.0)
+    driver.step({"a": 0})
+    driver.step({"a": 0}, num_drafts=3)
+    driver.step({"a": 0, "b": 2})
+    driver.step({"a": 0, "b": 2})
+    driver.step({"a": 0, "b": 1})
+    assert seen == [4, 2]  # rows of prompts are cheaper, and come in other numbers
 
 
 @settings(max_examples=40, deadline=None)
