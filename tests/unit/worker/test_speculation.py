@@ -114,6 +114,13 @@ def test_a_plan_that_knows_too_little_goes_on_from_what_the_worker_has() -> None
     assert (output.request_ids, output.failed) == ([], {})  # it has all its tokens: nothing is left to compute
 
 
+def test_a_plan_that_grants_more_than_its_blocks_hold_fails_that_request() -> None:
+    driver, _, _, _ = begun(seed=3, num_tokens=20)
+    scheduled = ScheduledRequests(["a"], [6], [1], [[]], [True], [3])  # two blocks of 4, of which 7 slots are taken
+    output = driver.execute(SchedulerOutput(1, [], scheduled, [], [], []))
+    assert output.failed == {"a": "2 KV blocks do not hold 10 tokens"} and output.request_ids == []
+
+
 def test_log_probabilities_come_with_every_token_and_are_those_of_single_steps() -> None:
     prompt, options = make_prompt(4, 6), {"temperature": 0.9, "seed": 3, "logprobs": 2}
     expected, logprobs = alone(prompt, 10, **options)
