@@ -81,17 +81,19 @@ class KVCacheManager:
         self.prefix_queries += num_tokens
         self.prefix_hits += num_cached_tokens
 
-    def allocate_slots(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> Allocation | None:
+    def allocate_slots(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int, *, num_kept_free: int = 0
+    ) -> Allocation | None:
         """Room for tokens [num_computed, num_computed + num_new) in blocks that are the request's alone.
 
         A block of that range that others share is replaced by a copy. Returns None, with nothing changed, if the
-        pool cannot give enough blocks.
+        pool cannot give enough blocks and keep `num_kept_free`.
         """
         table = self._tables[request.request_id]
         first = num_computed_tokens // self.block_size
         shared = [i for i in range(first, len(table.blocks)) if table.blocks[i].ref_count > 1]
         num_new = max(self.num_blocks_for(num_computed_tokens + num_new_tokens) - len(table.blocks), 0)
-        if len(shared) + num_new > self.pool.num_free:
+        if len(shared) + num_new > self.pool.num_free - num_kept_free:
             return None
         allocation = Allocation()
         for index, fresh in zip(shared, self.pool.allocate(len(shared)), strict=True):

@@ -202,8 +202,8 @@ class Scheduler:
             request = share.request
             room = request.max_total_tokens - request.num_planned_tokens - 1
             num_drafts = min(self.config.num_speculative_tokens, budget, room)
-            if share.samples and num_drafts > 0 and self.cache.pool.num_free > len(self.running):
-                allocation = self._allocate(request, 1, num_drafts)
+            if share.samples and num_drafts > 0:
+                allocation = self._allocate(request, 1, num_drafts, num_kept_free=len(self.running))
                 if allocation is not None:
                     new_block_ids += allocation.new_block_ids
                     share.num_drafts = num_drafts
@@ -211,14 +211,15 @@ class Scheduler:
         if any(share.num_drafts for share in plan.shares):
             plan.output.scheduled.num_draft_tokens = [share.num_drafts for share in plan.shares]
 
-    def _allocate(self, request: Request, num_tokens: int, num_drafts: int = 0) -> Allocation | None:
+    def _allocate(
+        self, request: Request, num_tokens: int, num_drafts: int = 0, *, num_kept_free: int = 0
+    ) -> Allocation | None:
         """Slots for so many tokens and drafts, wherever the drafts in flight may have taken the request by then."""
         end = request.num_computed_tokens + num_tokens
         # The last token of all is sampled, not computed.
         farthest = min(end + request.num_inflight_drafts + num_drafts, request.max_total_tokens - 1)
-        return self.cache.allocate_slots(
-            request, request.num_computed_tokens, max(end, farthest) - request.num_computed_tokens
-        )
+        first = request.num_computed_tokens
+        return self.cache.allocate_slots(request, first, max(end, farthest) - first, num_kept_free=num_kept_free)
 
     def _num_tokens_to_compute(self, request: Request, budget: int) -> int:
         todo = request.num_planned_tokens - request.num_computed_tokens

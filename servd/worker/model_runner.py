@@ -69,11 +69,11 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         device: torch.device,
-        graphs: StepReplay | None = None,
+        replay: StepReplay | None = None,
         shadow: KVShadow | None = None,
         drafter: Drafter | None = None,
     ) -> None:
-        """`graphs`: another way to run steps; `shadow`: what compares some steps with an unquantized cache;
+        """`replay`: another way to run steps; `shadow`: what compares some steps with an unquantized cache;
         `drafter`: what guesses ahead where plans allow it.
         """
         self.model = model
@@ -82,7 +82,7 @@ class ModelRunner:
         self.batch = InputBatch(max_num_seqs, max_model_len, kv_cache.block_size, model.vocab_size, drafter)
         self.sampler = Sampler(device)
         self._drafter = drafter
-        self._graphs = graphs
+        self._replay = replay
         self._shadow = shadow
 
     @torch.inference_mode()
@@ -123,7 +123,7 @@ class ModelRunner:
         )
 
     def _forward(self, packed: PackedBatch) -> Tensor:
-        hidden = self._graphs.run(packed) if self._graphs is not None else None
+        hidden = self._replay.run(packed) if self._replay is not None else None
         if hidden is not None:
             return hidden
         input_ids, positions = self._tensor(packed.input_ids), self._tensor(packed.positions)

@@ -59,7 +59,7 @@ class Worker:
             max_num_seqs=max_num_seqs,
             max_model_len=self.max_model_len,
             device=self.device,
-            graphs=self._step_replay(config),
+            replay=self._step_replay(config),
             shadow=self._shadow(config),
             drafter=Drafter() if config.scheduler.num_speculative_tokens else None,
         )

@@ -79,39 +79,35 @@ def test_openai_client_async(server):
     assert chunks[-1].usage.completion_tokens == 12
 
 
+@contextlib.asynccontextmanager
+async def being_answered(session, url, max_tokens):
+    """A stream whose first token is there; how fast the rest comes is the machine's affair."""
+    body = {"prompt": "a stream", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+    async with session.post(f"{url}/v1/completions", json=body) as stream:
+        await stream.content.readuntil(b"\n\n")
+        yield stream
+
+
 def test_a_short_request_finishes_before_a_long_one_that_started_first(server):
     async def main():
-        ended = []
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession() as session, being_answered(session, server.url, 1500) as stream:
+            long = asyncio.create_task(stream.read())
+            body = {"prompt": "short", "max_tokens": 4, "ignore_eos": True}
+            async with session.post(f"{server.url}/v1/completions", json=body) as response:
+                Completion.model_validate(await response.json())
+            assert not long.done()
+            assert (await long).endswith(b"data: [DONE]\n\n")
 
-            async def ask(name, max_tokens):
-                body = {"prompt": name, "max_tokens": max_tokens, "ignore_eos": True}
-                async with session.post(f"{server.url}/v1/completions", json=body) as response:
-                    Completion.model_validate(await response.json())
-                    ended.append(name)
-
-            long = asyncio.create_task(ask("long", 300))
-            await asyncio.sleep(0.5)
-            await ask("short", 4)
-            await long
-        return ended
-
-    assert asyncio.run(main()) == ["short", "long"]
+    asyncio.run(main())
 
 
 def test_the_step_log_shows_prompt_chunks_and_answers_together(server):
     async def main():
-        async with aiohttp.ClientSession() as session:
-
-            async def ask(prompt, max_tokens):
-                body = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True}
-                async with session.post(f"{server.url}/v1/completions", json=body) as response:
-                    await response.read()
-
-            stream = asyncio.create_task(ask("a stream", 200))
-            await asyncio.sleep(0.3)  # it is being answered when the long prompt comes
-            await ask("some words of a long prompt " * 120, 4)
-            await stream
+        async with aiohttp.ClientSession() as session, being_answered(session, server.url, 1500) as stream:
+            body = {"prompt": "some words of a long prompt " * 120, "max_tokens": 4, "ignore_eos": True}
+            async with session.post(f"{server.url}/v1/completions", json=body) as response:
+                await response.read()
+            await stream.read()
 
     asyncio.run(main())
     steps = [re.search(r"(\d+) prefill \+ (\d+) decode tokens", line) for line in server.log]

@@ -1,5 +1,7 @@
 """Room for guesses: what a plan grants, and what becomes of the tokens that they bring."""
 
+import pytest
+
 from servd.outputs import ModelRunnerOutput, TokenLogprobs
 from servd.request import FinishReason
 from tests.unit.scheduler.conftest import WorkerModel, expected_tokens, shares
@@ -27,13 +29,17 @@ def test_drafts_get_what_is_left_beside_no_prompt_and_never_go_beyond_the_last_t
     assert granted(scheduler.schedule()) == {"a": 6, "c": 1}  # of its three tokens one is there, one is sampled
 
 
-def test_drafts_take_no_block_that_running_requests_will_need(make_scheduler, make_request):
-    scheduler, worker = make_scheduler(num_blocks=8, num_speculative_tokens=4), WorkerModel(4)
+@pytest.mark.parametrize(
+    ("num_blocks", "drafts", "grant"), [(7, 3, [3, 3]), (8, 4, [4, 0]), (8, 8, []), (10, 8, [8, 0])]
+)
+def test_drafts_take_no_block_that_running_requests_will_need(make_scheduler, make_request, num_blocks, drafts, grant):
+    scheduler, worker = make_scheduler(num_blocks=num_blocks, num_speculative_tokens=drafts), WorkerModel(4)
     for name in "ab":
-        scheduler.add(make_request(name, 4, max_tokens=9))
+        scheduler.add(make_request(name, 4, max_tokens=20))
     scheduler.update_from_output(worker.execute(scheduler.schedule()))
-    # Of 7 blocks 2 hold the prompts and 2 what is computed now: a guess that takes one more leaves no block for each.
-    assert granted(scheduler.schedule()) == {"a": 4, "b": 0}
+    # 2 blocks hold the prompts, 2 what is computed now, and one is kept for each: guesses get what is left of
+    # `num_blocks`, of which one is the null block. Each takes its first 3 slots from the block it has.
+    assert scheduler.schedule().scheduled.num_draft_tokens == grant
 
 
 def test_a_plan_made_ahead_has_room_for_whatever_the_drafts_before_it_brought(make_scheduler, make_request):
@@ -49,6 +55,15 @@ def test_a_plan_made_ahead_has_room_for_whatever_the_drafts_before_it_brought(ma
         assert request.num_computed_tokens == request.num_tokens - 1 + request.num_inflight_tokens
     assert request.output_token_ids == expected_tokens(request.prompt_token_ids, len(request.output_token_ids))
     assert worker.num_accepted > 0 and request.num_inflight_drafts == 0
+
+
+def test_room_for_drafts_ends_where_the_last_token_is_sampled(make_scheduler, make_request):
+    scheduler = make_scheduler(num_speculative_tokens=7)
+    request = make_request("a", 4, max_tokens=9)  # the thirteenth token needs no slot
+    scheduler.add(request)
+    for _ in range(4):
+        scheduler.schedule()
+    assert len(scheduler.cache.block_ids(request)) == 3
 
 
 def test_a_plan_behind_the_last_token_of_a_request_gives_it_none(make_scheduler, make_request):

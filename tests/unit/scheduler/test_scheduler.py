@@ -242,6 +242,8 @@ def test_lost_steps_are_replayed_to_the_same_tokens(make_scheduler, make_request
         scheduler.update_from_output(worker.execute(scheduler.schedule()))
     scheduler.schedule(), scheduler.schedule()  # two steps in flight, never answered
     assert scheduler.recover(workers_lost=True) == []
+    # Nothing is in flight any more: nobody keeps room for guesses that nobody makes.
+    assert {(r.num_inflight_steps, r.num_inflight_tokens, r.num_inflight_drafts) for r in requests} == {(0, 0, 0)}
     run_to_end(scheduler, 2)
     for request in requests:
         assert request.output_token_ids == expected_tokens(request.prompt_token_ids, 9)

@@ -51,7 +51,7 @@ class Runner:
         )
         used = self.graphs if graphs else None
         self.runner = ModelRunner(
-            model, cache, max_num_seqs=MAX_SEQS, max_model_len=MAX_LEN, device=CPU, graphs=used
+            model, cache, max_num_seqs=MAX_SEQS, max_model_len=MAX_LEN, device=CPU, replay=used
         )
         self.driver = Driver(self.execute, block_size=4)
 

@@ -69,3 +69,21 @@ def test_in_a_large_batch_only_sure_guesses_are_made() -> None:
     sure, unsure = drafts(64)
     assert sure_alone == sure == 7
     assert unsure_alone > unsure == 0
+
+
+def test_a_new_request_begins_with_what_those_before_it_taught() -> None:
+    drafter, tokens = Drafter(), np.zeros((1, 200), np.int32)
+
+    def num_guessed(text: list[int], prompt: int) -> int:
+        """At the end of a request in the one row, whose tokens after the prompt come one by one."""
+        tokens[0, : len(text)] = text
+        for end in range(prompt, len(text) + 1):
+            (count,) = drafter.draft(np.array([0]), np.array([7]), tokens.copy(), np.array([end]))
+        drafter.forget(0)
+        return int(count)
+
+    pair_comes_again = [1, 2, 3, 4, 5, 1, 2]
+    assert num_guessed(pair_comes_again, 7) > 0
+    for _ in range(30):
+        num_guessed([token for i in range(40) for token in (1, 2, 100 + i)], 9)  # followed by something else each time
+    assert num_guessed(pair_comes_again, 7) == 0

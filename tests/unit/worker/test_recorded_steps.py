@@ -48,7 +48,7 @@ class Runner:
         self.forwards = 0
         self.runner = ModelRunner(
             model, self.cache, max_num_seqs=MAX_SEQS, max_model_len=MAX_LEN, device=CPU,
-            graphs=self.steps if recorded else None,
+            replay=self.steps if recorded else None,
         )  # fmt: skip
         self.driver = Driver(self.runner.execute, block_size=4)
 

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from servd.outputs import ScheduledRequests, SchedulerOutput
+from servd.worker.draft_budget import StepCost
 from servd.worker.drafter import Drafter, Int32s, Int64s
 from servd.worker.model_runner import ModelRunner
-from tests.unit.worker.driver import Driver
+from tests.unit.worker.driver import Driver, Sequence
 from tests.unit.worker.fake_model import NAN_TOKEN, FakeModel, make_runner
 
 BLOCK = 4
@@ -70,12 +71,20 @@ def knowing(answers: list[list[int]], wrong_at: Callable[[int], int]) -> Guess:
     return guess
 
 
-def test_right_guesses_bring_several_tokens_in_one_step() -> None:
-    prompt = make_prompt(1, 6)
-    expected, _ = alone(prompt, 12, temperature=0.0)
-    driver, _, model = make_driver(knowing([prompt + expected], lambda _: 99))
-    a = driver.add("a", prompt, temperature=0.0, max_tokens=12)
+def begun(
+    seed: int, num_tokens: int, wrong_at: Callable[[int], int] = lambda _: 99
+) -> tuple[Driver, Sequence, FakeModel, list[int]]:
+    """A greedy request "a" with its first token, whose answer is guessed with errors at `wrong_at`; and that answer."""
+    prompt = make_prompt(seed, 6)
+    expected, _ = alone(prompt, num_tokens, temperature=0.0)
+    driver, _, model = make_driver(knowing([prompt + expected], wrong_at))
+    sequence = driver.add("a", prompt, temperature=0.0, max_tokens=num_tokens)
     driver.step({"a": 0})
+    return driver, sequence, model, expected
+
+
+def test_right_guesses_bring_several_tokens_in_one_step() -> None:
+    driver, a, model, expected = begun(seed=1, num_tokens=12)
     output = driver.step({"a": 0}, num_drafts=5)
     assert output.num_accepted_tokens == [5] and output.num_draft_tokens == 5
     assert model.batch_sizes[-1] == (6, 1) and model.logit_rows[-1] == 6
@@ -84,11 +93,7 @@ def test_right_guesses_bring_several_tokens_in_one_step() -> None:
 
 
 def test_what_follows_a_wrong_guess_is_computed_again() -> None:
-    prompt = make_prompt(2, 6)
-    expected, _ = alone(prompt, 9, temperature=0.0)
-    driver, _, _ = make_driver(knowing([prompt + expected], lambda _: 2))
-    a = driver.add("a", prompt, temperature=0.0)
-    driver.step({"a": 0})
+    driver, a, _, expected = begun(seed=2, num_tokens=9, wrong_at=lambda _: 2)
     while len(a.output) < 7:
         assert driver.step({"a": 0}, num_drafts=6).num_accepted_tokens == [2]
     driver.step({"a": 0})
@@ -97,20 +102,23 @@ def test_what_follows_a_wrong_guess_is_computed_again() -> None:
 
 
 def test_a_plan_that_knows_too_little_goes_on_from_what_the_worker_has() -> None:
-    prompt = make_prompt(3, 6)
-    expected, _ = alone(prompt, 9, temperature=0.0)
-    driver, runner, _ = make_driver(knowing([prompt + expected], lambda _: 99))
-    a = driver.add("a", prompt, temperature=0.0, max_tokens=9)
-    driver.step({"a": 0})
+    driver, a, _, expected = begun(seed=3, num_tokens=9)
     blocks = [[driver.new_block() for _ in range(2)], []]
     tokens = []
     for i in range(2):  # both planned when one token was known
         scheduled = ScheduledRequests(["a"], [6 + i], [1], [blocks[i]], [True], [3])
-        tokens.append(runner.execute(SchedulerOutput(1 + i, [], scheduled, [], [], [])).sampled_token_ids)
+        tokens.append(driver.execute(SchedulerOutput(1 + i, [], scheduled, [], [], [])).sampled_token_ids)
     assert [*a.output, *tokens[0], *tokens[1]] == expected
     scheduled = ScheduledRequests(["a"], [8], [1], [[]], [True], [3])
-    output = runner.execute(SchedulerOutput(3, [], scheduled, [], [], []))
+    output = driver.execute(SchedulerOutput(3, [], scheduled, [], [], []))
     assert (output.request_ids, output.failed) == ([], {})  # it has all its tokens: nothing is left to compute
+
+
+def test_a_plan_that_grants_more_than_its_blocks_hold_fails_that_request() -> None:
+    driver, _, _, _ = begun(seed=3, num_tokens=20)
+    scheduled = ScheduledRequests(["a"], [6], [1], [[]], [True], [3])  # two blocks of 4, of which 7 slots are taken
+    output = driver.execute(SchedulerOutput(1, [], scheduled, [], [], []))
+    assert output.failed == {"a": "2 KV blocks do not hold 10 tokens"} and output.request_ids == []
 
 
 def test_log_probabilities_come_with_every_token_and_are_those_of_single_steps() -> None:
@@ -144,6 +152,25 @@ def test_a_token_that_kills_its_successors_is_given_before_the_failure() -> None
     assert a.output == [NAN_TOKEN] and output.failed == {}
     output = driver.step({"a": 0, "b": 0}, num_drafts=3)
     assert list(output.failed) == ["a"] and len(b.output) == 2
+
+
+def test_what_a_row_costs_is_learned_from_steps_whose_rows_all_sample() -> None:
+    class SeenCost(StepCost):
+        def observe(self, num_rows: int, seconds: float) -> None:
+            seen.append(num_rows)
+
+    seen: list[int] = []
+    drafter = GivenDrafter(lambda tokens, count: [1] * count)
+    drafter.cost = SeenCost()
+    driver = Driver(make_runner(block_size=BLOCK, drafter=drafter).execute, BLOCK)
+    driver.add("a", make_prompt(8, 5), temperature=0.0)
+    driver.add("b", make_prompt(9, 5), temperature=0.0)
+    driver.step({"a": 0})
+    driver.step({"a": 0}, num_drafts=3)
+    driver.step({"a": 0, "b": 2})
+    driver.step({"a": 0, "b": 2})
+    driver.step({"a": 0, "b": 1})
+    assert seen == [4, 2]  # rows of prompts are cheaper, and come in other numbers
 
 
 @settings(max_examples=40, deadline=None)

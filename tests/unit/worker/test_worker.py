@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from servd_kernels import native
 
 from servd.config import EngineConfig
 from servd.errors import ConfigError
@@ -64,6 +65,25 @@ def test_settings_that_cannot_work_are_named(files: ModelFiles, settings: dict[s
 def test_a_device_that_is_not_there_is_named(files: ModelFiles) -> None:
     with pytest.raises(ConfigError, match="--device is cuda"):
         make_worker(files, device="cuda")
+
+
+@pytest.mark.skipif(native.library() is None, reason=str(native.missing_reason()))
+@pytest.mark.parametrize("replay_steps", [True, False])
+def test_steps_run_the_layers_in_python_only_where_nothing_is_replayed(files: ModelFiles, replay_steps: bool) -> None:
+    worker = make_worker(files, replay_steps=replay_steps)
+    forward, calls = worker.model.forward, 0
+
+    def count(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return forward(*args)
+
+    worker.model.forward = count  # type: ignore[method-assign]
+    driver = Driver(worker.execute, BLOCK)
+    driver.add("a", make_prompt(1, 5))
+    for _ in range(3):
+        driver.step_all()
+    assert calls == (0 if replay_steps else 3)
 
 
 def test_loading_is_reported(files: ModelFiles) -> None:
