@@ -65,7 +65,7 @@ class EvalCommand(Command):
         _check(arguments)
         with progress_display() as progress, ended_by_signals():
             from servd.engine.tokenizer import Tokenizer
-            from servd.eval.quality import compare, evaluate, reference_config
+            from servd.eval.quality import Exam, compare, evaluate, reference_config
             from servd.eval.text import read_tokens
             from servd.hub import resolve_model
 
@@ -74,17 +74,11 @@ class EvalCommand(Command):
             token_ids = read_tokens(tokenizer, arguments.text, arguments.tokens)
             text = {"tokens": len(token_ids), "context": arguments.context, "sha256": _hash(token_ids)}
             reference = _stored_reference(arguments.against, text)  # a wrong file is told before the work
-
-            def measure(config: EngineConfig) -> Quality:
-                return evaluate(
-                    config, files, token_ids, [encode_question(tokenizer, q.prompt) for q in questions()],
-                    tokenizer.decode, context=arguments.context, eos_token_ids=tokenizer.eos_token_ids,
-                    progress=progress,
-                )  # fmt: skip
-
-            quality = measure(config)
+            prompts = [encode_question(tokenizer, question.prompt) for question in questions()]
+            exam = Exam(token_ids, arguments.context, prompts, tokenizer.decode, tokenizer.eos_token_ids)
+            quality = evaluate(config, files, exam, progress)
             if arguments.against == "float32":
-                reference = measure(reference_config(config))
+                reference = evaluate(reference_config(config), files, exam, progress)
         comparison = None if reference is None else compare(quality, reference)
         _print(quality, reference, comparison)
         if arguments.json:
