@@ -89,4 +89,4 @@ def judged_rows(token_ids: Sequence[int], context: int, device: torch.device) ->
     judged = [i for i in range(len(token_ids) - 1) if (i + 1) % context != 0]
     following = [token_ids[i + 1] for i in judged]
     rows, targets = torch.tensor(judged, device=device), torch.tensor(following, device=device)
-    return zip(rows.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+    return zip(torch.split(rows, LOGIT_ROWS), torch.split(targets, LOGIT_ROWS), strict=True)

@@ -142,6 +142,7 @@ def test_an_earlier_run_serves_as_reference(folder: Path, capsys: pytest.Capture
     ("flags", "message"),
     [
         (["--tokens", "5"], "--tokens is 5; allowed: at least 128"),
+        (["--json", "/nowhere/out.json"], "--json is /nowhere/out.json; allowed: a file in a folder that exists"),
         (["--context", "1"], "--context is 1; allowed: at least 2"),
         (["--strict", "--against", "none"], "allowed: float32 or a FILE"),
         (["--kv-cache-dtype", "int3"], "'int3'"),
