@@ -157,19 +157,21 @@ def _proportional_bytes(process: Path) -> int:
 
 
 class Disturbance:
-    """How much of the machine went to neither the server nor this process since it was made."""
+    """How much of the usable cores went to neither the server nor this process since it was made."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self._begin = self._now()
 
     def share(self) -> float:
-        """0 to 1 of the usable cores."""
+        """0 to 1."""
         (wall, busy, wanted), (wall_0, busy_0, wanted_0) = self._now(), self._begin
         others = (busy - busy_0) - (wanted - wanted_0)
-        return max(0.0, others / ((wall - wall_0) * usable_cores()))
+        return max(0.0, others / ((wall - wall_0) * len(usable_cores())))
 
     def _now(self) -> tuple[float, float, float]:
-        columns = [int(n) for n in (PROC / "stat").read_text().split("\n", 1)[0].split()[1 : STOLEN + 2]]
-        busy = sum(ticks for column, ticks in enumerate(columns) if column not in IDLE) / TICKS
+        cores = {f"cpu{number}" for number in usable_cores()}
+        lines = [line.split() for line in (PROC / "stat").read_text().splitlines()]
+        columns = [column for line in lines if line[0] in cores for column in enumerate(line[1 : STOLEN + 2])]
+        busy = sum(int(ticks) for column, ticks in columns if column not in IDLE) / TICKS
         return time.perf_counter(), busy, self._server.cpu_s() + time.process_time()
