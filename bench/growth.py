@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT), str(ROOT / "kernels"), *(p for p in sys.path if Path(p or ".").resolve() != ROOT / "bench")]
 
 from servd.cli.flags import add_flags, read_flags  # noqa: E402
-from servd.config import CacheConfig, ModelConfig  # noqa: E402
+from servd.config import CacheConfig, EngineConfig, ModelConfig  # noqa: E402
+from servd.errors import ConfigError  # noqa: E402
 
 if TYPE_CHECKING:
     from bench.profiling.costs import ModelCost
@@ -37,15 +38,15 @@ ROOM_TOKENS = 16  # of a context, kept free for answers that are a little longer
 class Sweep:
     """How far each curve goes."""
 
+    threads: tuple[int, ...]
     concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     context: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192)  # tokens before the answer
     prompt: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-    threads: tuple[int, ...] = (1, 2)
     answer: int = 32  # tokens
     short_prompt: int = 64  # tokens, where the prompt does not matter
 
 
-QUICK = Sweep((1, 2), (16, 32), (16, 32), (1, 2), answer=8, short_prompt=8)
+QUICK = Sweep((1, 2), (1, 2), (16, 32), (16, 32), answer=8, short_prompt=8)
 LABELS = {
     "concurrency": "requests at a time, each {short_prompt} tokens of prompt",
     "context": "tokens of context, one request",
@@ -76,28 +77,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the plots need matplotlib; install servd[plot]")
-    flags = dataclasses.asdict(read_flags(arguments, ModelConfig))
-    flags |= dataclasses.asdict(read_flags(arguments, CacheConfig))
+    model, cache = read_flags(arguments, ModelConfig), read_flags(arguments, CacheConfig)
+    flags = dataclasses.asdict(model) | dataclasses.asdict(cache)
     settings = {name: value for name, value in flags.items() if name not in OMITTED}
-    sweep, curves = QUICK if arguments.quick else Sweep(), arguments.only or list(LABELS)
+    try:
+        cores = EngineConfig(model, cache).resolve().parallel.threads or 1
+        sweep = QUICK if arguments.quick else Sweep(threads=tuple(1 << n for n in range(cores.bit_length())))
+        run(arguments.only or list(LABELS), settings, sweep, arguments.out)
+    except ConfigError as error:
+        parser.error(error.message)
+    return 0
+
+
+def run(curves: Sequence[str], settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
+    """Measure and draw the curves, a file of each kind a curve. Raises ConfigError for wrong settings."""
     from servd_kernels import stands
 
     machine = stands.stand_for("cpu").describe()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     for name in curves:
         points = measure(name, settings, sweep)
         content = {
             "command": sys.argv, "machine": machine, "settings": settings,
             "points": [dataclasses.asdict(point) for point in points],
         }  # fmt: skip
-        (arguments.out / f"growth-{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        (out / f"growth-{name}.json").write_text(json.dumps(content, indent=1) + "\n")
         label = LABELS[name].format(short_prompt=sweep.short_prompt)
-        plot(label, points, f"{settings['model']}: {machine.split(';')[0]}", arguments.out / f"growth-{name}.svg")
-    return 0
+        plot(label, points, f"{settings['model']}: {machine.split(';')[0]}", out / f"growth-{name}.svg")
 
 
 def measure(curve: str, settings: dict[str, Any], sweep: Sweep) -> list[Point]:
-    """One curve. Each engine has its own process's memory to itself; the limits are measured with its threads."""
+    """One curve. An engine has this process to itself; the limits are measured with its threads."""
     found: list[Point] = []
     for threads in sweep.threads if curve == "threads" else (None,):
         concurrency = max(sweep.concurrency) if curve == "concurrency" else 32

@@ -18,6 +18,7 @@ from servd.benchmark.requests import clip_to_context
 from servd.benchmark.server import CORPUS_CHARS
 from servd.cli.flags import add_flags, read_flags
 from servd.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from servd.errors import ConfigError
 from servd.eval.text import python_help
 
 SECTIONS: tuple[type[Any], ...] = (ModelConfig, CacheConfig, SchedulerConfig, ParallelConfig)
@@ -36,6 +37,9 @@ def main() -> int:
     for section in SECTIONS:
         add_flags(parser, section, omit=SERVER_ONLY, defaults={"executor": "inproc"})
     arguments = parser.parse_args()
+    for flag in ("num_requests", "repeat"):
+        if (value := getattr(arguments, flag)) is not None and value < 1:
+            parser.error(f"--{flag.replace('_', '-')} is {value}; allowed: at least 1")
     settings: dict[str, Any] = {}
     for section in SECTIONS:
         fields = dataclasses.asdict(read_flags(arguments, section))
@@ -44,7 +48,10 @@ def main() -> int:
     spec = dataclasses.replace(
         spec, seed=arguments.workload_seed, num_requests=arguments.num_requests or spec.num_requests
     )
-    figures = _measure(settings, spec, arguments.repeat)
+    try:
+        figures = _measure(settings, spec, arguments.repeat)
+    except ConfigError as error:
+        parser.error(error.message)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0

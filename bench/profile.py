@@ -10,15 +10,10 @@ import contextlib
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # This folder must not be searched for modules: Python's own `profile` would be this file.
 sys.path[:] = [str(ROOT), str(ROOT / "kernels"), *(p for p in sys.path if Path(p or ".").resolve() != ROOT / "bench")]
 
+from bench.peers.base import Start  # noqa: E402
+from bench.peers.process import free_port, running  # noqa: E402
 from bench.profiling.account import Account, Limits, front_rows, kernels_of, spans_of, steps_of, worker_rows  # noqa: E402
 from bench.profiling.process import FOLDER_VARIABLE, OPS_VARIABLE  # noqa: E402
 from bench.profiling.show import flame_graph, table  # noqa: E402
 from bench.profiling.spans import difference  # noqa: E402
-from servd.config import ModelConfig  # noqa: E402
+from servd.errors import ConfigError  # noqa: E402
 
 if TYPE_CHECKING:
     from servd.benchmark import RunResult
@@ -39,25 +36,30 @@ if TYPE_CHECKING:
 
 REQUESTS = {1: 6, 8: 24}  # by concurrency; else twice as many as run at once: a run of some ten seconds
 # A replayed step is one call: to see its kernels, each must be called by itself.
-NO_REPLAY = ["--no-replay-steps"] if any(field.name == "replay_steps" for field in fields(ModelConfig)) else []
-START_SECONDS, SNAPSHOT_SECONDS = 120, 10
+NO_REPLAY = "--no-replay-steps"
+SNAPSHOT_SECONDS = 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Profile, print the tables, write JSON and flame graphs. Exit code 1 if the parts do not add up to the wall."""
     parser = argparse.ArgumentParser(description=__doc__, epilog="Other flags go to `servd serve`.", allow_abbrev=False)
-    parser.add_argument("--concurrency", default="1,8,32", metavar="N,...", help="default: 1,8,32")
+    parser.add_argument("--concurrency", type=counts, default="1,8,32", metavar="N,...", help="default: 1,8,32")
     parser.add_argument("--requests", type=int, metavar="N", help="at each; default: some ten seconds' worth")
     parser.add_argument("--no-ops", action="store_true", help="no second run, in which kernels are called one by one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--flame", type=Path, metavar="FOLDER", help="draw profile-cN.svg there")
     parser.add_argument("--port", type=int, default=0, help="HTTP; default: a free one")
     arguments, flags = parser.parse_known_args(argv)
-    levels = [int(level) for level in arguments.concurrency.split(",")]
+    if arguments.requests is not None and arguments.requests < 1:
+        parser.error(f"argument --requests: {arguments.requests}; allowed: at least 1")
+    levels = arguments.concurrency
     runs = [(level, arguments.requests or REQUESTS.get(level, 2 * level)) for level in levels]
     port = arguments.port or free_port()
-    records = record_all(port, flags, runs, ops=False)
-    detailed = [] if arguments.no_ops else record_all(port, [*flags, *NO_REPLAY], runs, ops=True)
+    try:
+        records = record_all(port, flags, runs, ops=False)
+        detailed = [] if arguments.no_ops else record_all(port, [*flags, NO_REPLAY], runs, ops=True)
+    except ConfigError as error:
+        parser.error(error.message)
     stand, limits = measure_limits()
     accounts = [make_account(level, *record) for level, record in zip(levels, records, strict=True)]
     for account, (result, meanwhile) in zip(accounts, detailed, strict=False):
@@ -75,44 +77,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 def record_all(port: int, flags: Sequence[str], runs: Sequence[tuple[int, int]], *, ops: bool) -> list[Record]:
     """One server, and each of the runs (concurrency, requests) on it."""
     with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {FOLDER_VARIABLE: folder, OPS_VARIABLE: str(int(ops))}
-        with serving(port, flags, Path(folder)) as processes:
+        with serving(port, flags, Path(folder), ops) as processes:
             return [record(port, concurrency, count, processes) for concurrency, count in runs]
 
 
 @contextlib.contextmanager
-def serving(port: int, flags: Sequence[str], folder: Path) -> Iterator[dict[str, Recorded]]:
-    """A server whose processes record themselves, from its health to its end."""
+def serving(port: int, flags: Sequence[str], folder: Path, ops: bool) -> Iterator[dict[str, Recorded]]:
+    """A server whose processes record themselves, from its health to its end. Raises ConfigError if it has none."""
     command = [sys.executable, "-m", "bench.profiling.process", "serve", "--port", str(port), "--grpc-port", "-1"]
     command += ["--log-level", "warning", *flags]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not is_healthy(port):
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"profile: the server did not start: {' '.join(command)}")
-            time.sleep(0.1)
+    variables = {
+        "PYTHONPATH": os.pathsep.join(sys.path), FOLDER_VARIABLE: str(folder), OPS_VARIABLE: str(int(ops)),
+    }  # fmt: skip
+    with running(Start(command, variables), port, log=None):
         yield {name: Recorded(folder, name) for name in ("front", "worker")}
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait()
 
 
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def is_healthy(port: int) -> bool:
-    """Whether the server takes requests."""
+def counts(text: str) -> list[int]:
+    """Whole numbers above 0 with commas between them."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: whole numbers above 0 with commas between them")
+    return numbers
 
 
 class Recorded:

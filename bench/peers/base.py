@@ -24,9 +24,9 @@ MAX_NUM_SEQS = 64
 GIB = 1 << 30
 
 
-def usable_cores() -> int:
-    """Cores that this process may use: the compute threads of every peer."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores() -> list[int]:
+    """Numbers of the cores that this process may use: each has a compute thread of every peer."""
+    return sorted(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ class Peer(ABC):
 
     @abstractmethod
     def start(self, home: Home, files: ModelFiles, port: int, concurrency: int) -> Start:
-        """The server's command; it is to use `usable_cores()` threads and KV_GIB of KV memory."""
+        """The server's command; it is to use a thread on each of `usable_cores()` and KV_GIB of KV memory."""
 
     def version(self, home: Home) -> str:
         """The engine's name and version."""

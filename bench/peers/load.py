@@ -14,10 +14,10 @@ import msgspec
 import uvloop
 
 from servd.benchmark import BenchRequest, Corpus, RequestOptions, Summary, WorkloadSpec, make_workload, run_closed_loop
+from servd.benchmark.server import CORPUS_CHARS
 from servd.engine.tokenizer import Tokenizer
 from servd.eval.text import python_help
 
-CORPUS_CHARS = 240_000
 # llama.cpp closes connections behind its answers without a word: a request on a kept one may find it closed.
 NO_REUSE = {"Connection": "close"}
 WARMUP_REQUESTS, WARMUP_CONCURRENCY = 8, 4

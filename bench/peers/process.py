@@ -38,7 +38,6 @@ class Server:
 
     session: int
     port: int
-    spawned: float  # perf_counter seconds
     start_s: float  # until /health said 200
 
     @property
@@ -63,20 +62,21 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(start: Start, port: int, log: Path) -> Iterator[Server]:
+def running(start: Start, port: int, log: Path | None) -> Iterator[Server]:
     """The server while the block runs; at its end no process of it is left.
 
+    What it writes goes to the log; without one only what it complains of is shown, among this process's own complaints.
     Raises ConfigError that names the log if it ends by itself or does not answer in time.
     """
-    with log.open("wb") as output:
+    with open(log or os.devnull, "wb") as output:
         spawned = time.perf_counter()
         process = subprocess.Popen(
-            start.argv, env={**os.environ, **start.env}, stdout=output, stderr=output, start_new_session=True,
-            preexec_fn=_end_with_parent,
+            start.argv, env={**os.environ, **start.env}, stdout=output, stderr=output if log else None,
+            start_new_session=True, preexec_fn=_end_with_parent,
         )  # fmt: skip
         try:
-            _wait_until_healthy(process, port, log)
-            yield Server(process.pid, port, spawned, time.perf_counter() - spawned)
+            _wait_until_healthy(process, port, f"see {log}" if log else "see above")
+            yield Server(process.pid, port, time.perf_counter() - spawned)
         finally:
             _end(process)
 
@@ -86,13 +86,13 @@ def _end_with_parent() -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, why: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not _is_healthy(port):
         if process.poll() is not None:
-            raise ConfigError(f"it ended with {process.returncode} before it answered; see {log}")
+            raise ConfigError(f"it ended with {process.returncode} before it answered; {why}")
         if time.monotonic() > deadline:
-            raise ConfigError(f"it did not answer within {START_SECONDS:.0f} s; see {log}")
+            raise ConfigError(f"it did not answer within {START_SECONDS:.0f} s; {why}")
         time.sleep(POLL_SECONDS)
 
 
@@ -157,19 +157,21 @@ def _proportional_bytes(process: Path) -> int:
 
 
 class Disturbance:
-    """How much of the machine went to neither the server nor this process since it was made."""
+    """How much of the usable cores went to neither the server nor this process since it was made."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self._begin = self._now()
 
     def share(self) -> float:
-        """0 to 1 of the usable cores."""
+        """0 to 1."""
         (wall, busy, wanted), (wall_0, busy_0, wanted_0) = self._now(), self._begin
         others = (busy - busy_0) - (wanted - wanted_0)
-        return max(0.0, others / ((wall - wall_0) * usable_cores()))
+        return max(0.0, others / ((wall - wall_0) * len(usable_cores())))
 
     def _now(self) -> tuple[float, float, float]:
-        columns = [int(n) for n in (PROC / "stat").read_text().split("\n", 1)[0].split()[1 : STOLEN + 2]]
-        busy = sum(ticks for column, ticks in enumerate(columns) if column not in IDLE) / TICKS
+        cores = {f"cpu{number}" for number in usable_cores()}
+        lines = [line.split() for line in (PROC / "stat").read_text().splitlines()]
+        columns = [column for line in lines if line[0] in cores for column in enumerate(line[1 : STOLEN + 2])]
+        busy = sum(int(ticks) for column, ticks in columns if column not in IDLE) / TICKS
         return time.perf_counter(), busy, self._server.cpu_s() + time.process_time()

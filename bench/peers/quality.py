@@ -6,6 +6,7 @@ Questions are asked of every peer over HTTP, as clients would; perplexity is ser
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import msgspec
 
@@ -35,16 +36,22 @@ class Perplexity:
         self._home = home
         self._files = files
         self._against = "float32"
+        self._found: dict[tuple[str, ...], Any] = {}  # by flags: scheduling changes nothing
 
     def add_to(self, quality: Quality, peer: Peer) -> None:
         """Fill in what is known of servd alone. Raises ConfigError if it cannot be measured."""
         if not isinstance(peer, ServdPeer):
             return
+        if peer.flags not in self._found:
+            self._found[peer.flags] = self._compare(peer)
+        comparison = self._found[peer.flags]
+        quality.perplexity_change = comparison["perplexity_change"]
+        quality.is_faithful = comparison["faithful"]
+
+    def _compare(self, peer: ServdPeer) -> Any:
         result = self._home.folder / "quality" / f"{self._files.name}-{peer.name}.json"
         result.parent.mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "-m", "servd.cli", "eval", model_argument(self._files), *peer.flags]
         self._home.call("eval", [*argv, "--against", self._against, "--json", str(result)])
         self._against = str(result)
-        comparison = msgspec.json.decode(result.read_bytes())["comparison"]
-        quality.perplexity_change = comparison["perplexity_change"]
-        quality.is_faithful = comparison["faithful"]
+        return msgspec.json.decode(result.read_bytes())["comparison"]

@@ -17,7 +17,7 @@ import aiohttp
 import msgspec
 
 from bench.peers import plot, table
-from bench.peers.base import Home, Peer, choose
+from bench.peers.base import GIB, Home, Peer, choose
 from bench.peers.load import LOADS, Load, make_workloads
 from bench.peers.quality import Perplexity
 from bench.peers.results import Comparison, Row
@@ -30,7 +30,6 @@ from servd.errors import ConfigError
 from servd.hub import resolve_model
 
 RESULTS = Path(__file__).parent.parent / "results"
-GIB = 1 << 30
 
 
 def main(argv: Sequence[str] | None = None) -> int:

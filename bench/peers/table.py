@@ -109,6 +109,9 @@ def _notes(comparison: Comparison) -> list[str]:
         for load in row.loads()
         if any(result.summary.failed or result.summary.short for result in row.results(load))
     ]
+    failures += [
+        f"{row.name} failed after {len(row.rounds)} of its rounds: {row.error}" for row in comparison.rows if row.error
+    ]
     items = [f"- {note}" for note in [f"Requests: seed {comparison.seed}, {hashes}.", *notes, *failures]]
     return [legend, "\n".join(items)]
 

@@ -39,9 +39,7 @@ def record_natives(recorder: Recorder) -> None:
         return
     for function in loaded.functions:  # that modules made while this one was imported
         function.point_at(loaded)
-    replay = getattr(loaded, "replay", None)
-    if replay is not None:
-        setattr(loaded, "replay", recorder.wrapped(f"{NATIVE} replay", replay))  # noqa: B010
+    loaded.replay = recorder.wrapped(f"{NATIVE} replay", loaded.replay)
 
 
 def record_ops(recorder: Recorder) -> None:

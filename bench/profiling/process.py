@@ -35,7 +35,6 @@ def record_process(name: str, recorder: Recorder, targets: Sequence[tuple[str, s
         nonlocal count
         usage = resource.getrusage(resource.RUSAGE_SELF)
         content = {
-            "time": time.perf_counter(),
             "tree": recorder.snapshot(),
             "thread_seconds": time.thread_time(),  # of the thread that handles signals: the one that is recorded
             "process_seconds": usage.ru_utime + usage.ru_stime,

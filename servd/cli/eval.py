@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from servd.cli.command import COMMANDS, Command
-from servd.cli.flags import add_flags, read_flags
+from servd.cli.judging import add_model_flags, add_text_flags, read_config
 from servd.cli.progress import progress_display
 from servd.cli.signals import ended_by_signals
-from servd.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig
+from servd.config import EngineConfig
 from servd.errors import ConfigError
 from servd.eval.questions import questions
 
@@ -26,11 +26,6 @@ if TYPE_CHECKING:
     from servd.eval.quality import Comparison, Quality
 
 EXIT_NOT_FAITHFUL = 1
-# Every flag of these sections that changes what is measured; the others belong to serving.
-OMITTED = (
-    "served_model_name", "generation_config", "seed", "kv_shadow_rate", "gpu_memory_utilization", "kv_cache_memory",
-    "max_model_len", "enable_prefix_caching", "replay_steps", "executor", "max_worker_restarts",
-)  # fmt: skip
 
 
 class EvalCommand(Command):
@@ -41,31 +36,22 @@ class EvalCommand(Command):
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """The text, what to compare with, where results go, and how the model is loaded."""
         group = parser.add_argument_group("evaluation")
-        group.add_argument(
-            "--text", type=Path, metavar="FILE", help="UTF-8 text to judge by [default: the docs in Python itself]"
-        )
-        group.add_argument("--tokens", type=int, default=6144, metavar="N", help="tokens of it [default: 6144]")
-        group.add_argument("--context", type=int, default=1024, metavar="N", help="tokens of a context [default: 1024]")
+        add_text_flags(group)
         group.add_argument(
             "--against", default="float32", metavar="WHAT",
             help="float32: the same checkpoint, exact; none; or an earlier run's --json FILE [default: float32]",
         )  # fmt: skip
-        group.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
         group.add_argument("--strict", action="store_true", help="exit with 1 if it is not faithful [default: off]")
-        for section in (ModelConfig, CacheConfig, ParallelConfig):
-            add_flags(parser, section, omit=OMITTED)
+        add_model_flags(parser, omit=("kv_cache_memory", "max_model_len"))  # they follow from the text
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Print the table and the verdict."""
-        config = EngineConfig(
-            model=read_flags(arguments, ModelConfig),
-            cache=read_flags(arguments, CacheConfig),
-            parallel=read_flags(arguments, ParallelConfig),
-        ).resolve()
-        _check(arguments)
+        config = read_config(arguments).resolve()
+        if arguments.strict and arguments.against == "none":
+            raise ConfigError("--strict has nothing to judge by with --against none; allowed: float32 or a FILE")
         with progress_display() as progress, ended_by_signals():
             from servd.engine.tokenizer import Tokenizer
-            from servd.eval.quality import compare, evaluate, reference_config
+            from servd.eval.quality import Exam, compare, evaluate, reference_config
             from servd.eval.text import read_tokens
             from servd.hub import resolve_model
 
@@ -74,17 +60,11 @@ class EvalCommand(Command):
             token_ids = read_tokens(tokenizer, arguments.text, arguments.tokens)
             text = {"tokens": len(token_ids), "context": arguments.context, "sha256": _hash(token_ids)}
             reference = _stored_reference(arguments.against, text)  # a wrong file is told before the work
-
-            def measure(config: EngineConfig) -> Quality:
-                return evaluate(
-                    config, files, token_ids, [encode_question(tokenizer, q.prompt) for q in questions()],
-                    tokenizer.decode, context=arguments.context, eos_token_ids=tokenizer.eos_token_ids,
-                    progress=progress,
-                )  # fmt: skip
-
-            quality = measure(config)
+            prompts = [encode_question(tokenizer, question.prompt) for question in questions()]
+            exam = Exam(token_ids, arguments.context, prompts, tokenizer.decode, tokenizer.eos_token_ids)
+            quality = evaluate(config, files, exam, progress)
             if arguments.against == "float32":
-                reference = measure(reference_config(config))
+                reference = evaluate(reference_config(config), files, exam, progress)
         comparison = None if reference is None else compare(quality, reference)
         _print(quality, reference, comparison)
         if arguments.json:
@@ -120,15 +100,6 @@ def result(
         "reference": None if reference is None else dataclasses.asdict(reference),
         "comparison": verdict,
     }
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    for name, least in (("tokens", 128), ("context", 2)):
-        value = getattr(arguments, name)
-        if value < least:
-            raise ConfigError(f"--{name} is {value}; allowed: at least {least}")
-    if arguments.strict and arguments.against == "none":
-        raise ConfigError("--strict has nothing to judge by with --against none; allowed: float32 or a FILE")
 
 
 def _hash(token_ids: Sequence[int]) -> str:

@@ -13,21 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from servd.cli.command import COMMANDS, Command
-from servd.cli.flags import add_flags, read_flags
+from servd.cli.judging import add_model_flags, add_text_flags, read_config
 from servd.cli.progress import progress_display
 from servd.cli.signals import ended_by_signals
-from servd.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig
 from servd.errors import ConfigError
 
 if TYPE_CHECKING:
     from servd.eval.kv_probe import ProbeResult
 
 DEFAULT_CHOICES = ("fp8_e4m3", "int8", "k=int8,v=int4", "int4")
-# Every flag of these sections that changes what is measured; the others belong to serving.
-OMITTED = (
-    "served_model_name", "generation_config", "seed", "kv_cache_dtype", "kv_shadow_rate", "gpu_memory_utilization",
-    "enable_prefix_caching", "replay_steps", "executor", "max_worker_restarts",
-)  # fmt: skip
 
 
 class KVProbeCommand(Command):
@@ -42,23 +36,13 @@ class KVProbeCommand(Command):
             "--kv-cache-dtype", action="append", default=[], metavar="TYPE",
             help=f"type to compare with the full cache; repeatable [default: {' '.join(DEFAULT_CHOICES)}]",
         )  # fmt: skip
-        group.add_argument(
-            "--text", type=Path, metavar="FILE", help="UTF-8 text to judge by [default: the docs in Python itself]"
-        )
-        group.add_argument("--tokens", type=int, default=6144, metavar="N", help="tokens of it [default: 6144]")
-        group.add_argument("--context", type=int, default=1024, metavar="N", help="tokens of a context [default: 1024]")
-        group.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+        add_text_flags(group)
         group.add_argument("--plot", type=Path, metavar="FILE", help="draw them (.png, .svg; needs matplotlib)")
-        for section in (ModelConfig, CacheConfig, ParallelConfig):
-            add_flags(parser, section, omit=OMITTED)
+        add_model_flags(parser, omit=["kv_cache_dtype"])  # it has its own
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Print the table."""
-        config = EngineConfig(
-            model=read_flags(arguments, ModelConfig),
-            cache=read_flags(arguments, CacheConfig),
-            parallel=read_flags(arguments, ParallelConfig),
-        )
+        config = read_config(arguments)
         names = arguments.kv_cache_dtype or list(DEFAULT_CHOICES)
         caches = {name: dataclasses.replace(config.cache, kv_cache_dtype=name) for name in names}
         for cache in caches.values():  # a wrong flag is told before a download
@@ -82,10 +66,6 @@ class KVProbeCommand(Command):
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for name, least in (("tokens", 128), ("context", 2)):
-        value = getattr(arguments, name)
-        if value < least:
-            raise ConfigError(f"--{name} is {value}; allowed: at least {least}")
     if arguments.plot and arguments.plot.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"--plot is {arguments.plot}; allowed: a file that ends in .png, .svg or .pdf")
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:

@@ -6,7 +6,7 @@ Knows nothing of how a type stores numbers, nor of how results are shown.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from servd.attention.kv_dtype import KVCacheDtype
 from servd.config import CacheConfig, EngineConfig, default_cpu_kv_memory
-from servd.eval.paged_text import PagedTexts, hidden_states
+from servd.eval.paged_text import PagedTexts, hidden_states, judged_rows
 from servd.hub.files import ModelFiles
 from servd.models.base import Model
+from servd.models.loader import Progress
 from servd.worker.device import load_on_device
 
-LOGIT_ROWS = 128  # rows of logits held at a time: [rows, vocab_size] twice
 NUM_PROMPTS = 4
 PROMPT_LEN = 64
 GREEDY_TOKENS = 256
@@ -47,7 +47,7 @@ def probe_model(
     caches: Mapping[str, CacheConfig],
     *,
     context: int,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[ProbeResult]:
     """Load the model and probe it; `caches`: what to compare, by name. Raises ConfigError."""
     model = load_on_device(config, files, progress)
@@ -70,7 +70,7 @@ def probe(
     context: int,
     kv_memory: int,
     max_model_len: int,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[ProbeResult]:
     """Compare every choice with the cache in the compute dtype, which comes first in the results, as "auto".
 
@@ -128,14 +128,13 @@ def _compare(
     model: Model, full: Tensor, other: Tensor, token_ids: Sequence[int], context: int
 ) -> tuple[float, float, float]:
     """Mean loss of `other`, mean KL(full || other) and share of equal likeliest tokens, over judged positions."""
-    targets = torch.tensor([*token_ids[1:], 0], device=full.device)
-    judged = torch.tensor([(i + 1) % context != 0 and i + 1 < len(token_ids) for i in range(len(token_ids))])
-    rows = judged.nonzero().flatten().to(full.device)
+    count = 0
     loss = kl = top1 = 0.0
-    for part in torch.split(rows, LOGIT_ROWS):
-        full_logprobs = model.compute_logits(full[part]).double().log_softmax(-1)
-        logprobs = model.compute_logits(other[part]).double().log_softmax(-1)
-        loss -= float(logprobs.gather(1, targets[part, None]).sum())
+    for rows, targets in judged_rows(token_ids, context, full.device):
+        full_logprobs = model.compute_logits(full[rows]).double().log_softmax(-1)
+        logprobs = model.compute_logits(other[rows]).double().log_softmax(-1)
+        loss -= float(logprobs.gather(1, targets[:, None]).sum())
         kl += float((full_logprobs.exp() * (full_logprobs - logprobs)).sum())
         top1 += float((full_logprobs.argmax(-1) == logprobs.argmax(-1)).sum())
-    return loss / len(rows), kl / len(rows), top1 / len(rows)
+        count += len(rows)
+    return loss / count, kl / count, top1 / count

@@ -5,7 +5,7 @@ Knows nothing of what is compared. Every text has blocks of its own; chunks are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from servd.attention.metadata import AttentionMetadata
 from servd.models.base import Model
 
 CHUNK = 512  # tokens of a prefill step
+LOGIT_ROWS = 128  # rows of logits that are judged at a time: [rows, vocab_size] in float64
 
 
 class PagedTexts:
@@ -81,3 +82,11 @@ def hidden_states(model: Model, kv_dtype: KVCacheDtype, token_ids: Sequence[int]
         texts = PagedTexts(model, kv_dtype, 1, len(window))
         parts += [texts.extend([window[at : at + CHUNK]]) for at in range(0, len(window), CHUNK)]
     return torch.cat(parts)
+
+
+def judged_rows(token_ids: Sequence[int], context: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """LOGIT_ROWS rows of `hidden_states` at a time, and the tokens that follow them in their context: [n], [n]."""
+    judged = [i for i in range(len(token_ids) - 1) if (i + 1) % context != 0]
+    following = [token_ids[i + 1] for i in judged]
+    rows, targets = torch.tensor(judged, device=device), torch.tensor(following, device=device)
+    return zip(torch.split(rows, LOGIT_ROWS), torch.split(targets, LOGIT_ROWS), strict=True)

@@ -9,25 +9,33 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from servd.attention.kv_dtype import KVCacheDtype
 from servd.config import CacheConfig, EngineConfig
-from servd.eval.paged_text import PagedTexts, hidden_states
+from servd.eval.paged_text import PagedTexts, hidden_states, judged_rows
 from servd.eval.questions import MAX_ANSWER_TOKENS, SIGNIFICANCE, chance_of_difference, score
 from servd.hub.files import ModelFiles
 from servd.models.base import Model
+from servd.models.loader import Progress
 from servd.worker.device import load_on_device
 
-LOGIT_ROWS = 128  # rows of logits held at a time: [rows, vocab_size] in float64
 QUESTIONS_AT_ONCE = 16  # a step's worth of short prompts
 BLOCK_TOKENS = 64  # neighbouring tokens' losses hang together: the error is judged from blocks of them
 FAITHFUL_PERPLEXITY = 0.01  # largest relative change of perplexity
 
-Progress = Callable[[str, int, int], None]
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """What a model is measured by: a text to read and questions to answer."""
+
+    token_ids: Sequence[int]  # of the text
+    context: int  # tokens that see each other; the first of a context is not judged
+    prompts: Sequence[Sequence[int]]  # token ids of each of `questions()`, as the model reads questions
+    decode: Callable[[Sequence[int]], str]  # token ids of an answer to text
+    eos_token_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,61 +77,32 @@ class Comparison:
 
 def reference_config(config: EngineConfig) -> EngineConfig:
     """The same checkpoint in float32 with nothing quantized, on the same device."""
-    fields = {field.name for field in dataclasses.fields(config.model)}
-    exact: dict[str, Any] = {"dtype": "float32", "quantization": "none", "deterministic": True}
-    model = dataclasses.replace(config.model, **{name: value for name, value in exact.items() if name in fields})
+    model = dataclasses.replace(config.model, dtype="float32", quantization="none", deterministic=True)
     return dataclasses.replace(config, model=model, cache=CacheConfig(block_size=config.cache.block_size))
 
 
-def evaluate(
-    config: EngineConfig,
-    files: ModelFiles,
-    token_ids: Sequence[int],
-    prompts: Sequence[Sequence[int]],
-    decode: Callable[[Sequence[int]], str],
-    *,
-    context: int,
-    eos_token_ids: frozenset[int] = frozenset(),
-    progress: Progress | None = None,
-) -> Quality:
-    """Load the model as a server would, and measure it.
-
-    `prompts`: token ids of each of `questions()`, as the model reads questions; `decode`: token ids to text.
-    Raises ConfigError for a wrong flag or file.
-    """
+def evaluate(config: EngineConfig, files: ModelFiles, exam: Exam, progress: Progress | None = None) -> Quality:
+    """Load the model as a server would, and measure it. Raises ConfigError for a wrong flag or file."""
     model = load_on_device(config, files, progress)
-    return evaluate_model(
-        model, KVCacheDtype.from_config(config.cache), token_ids, prompts, decode, context=context,
-        eos_token_ids=eos_token_ids, progress=progress,
-    )  # fmt: skip
+    return evaluate_model(model, KVCacheDtype.from_config(config.cache), exam, progress)
 
 
-def evaluate_model(
-    model: Model,
-    kv_dtype: KVCacheDtype,
-    token_ids: Sequence[int],
-    prompts: Sequence[Sequence[int]],
-    decode: Callable[[Sequence[int]], str],
-    *,
-    context: int,
-    eos_token_ids: frozenset[int] = frozenset(),
-    progress: Progress | None = None,
-) -> Quality:
-    """The same for a loaded model. Contexts of `context` tokens do not see each other; their first is not judged."""
+def evaluate_model(model: Model, kv_dtype: KVCacheDtype, exam: Exam, progress: Progress | None = None) -> Quality:
+    """The same for a loaded model."""
     report = progress or (lambda what, done, total: None)
     report("reading the text", 0, 1)
-    context = min(context, model.max_position_embeddings)
-    losses = _losses(model, hidden_states(model, kv_dtype, token_ids, context), token_ids, context)
+    losses = _losses(model, kv_dtype, exam.token_ids, min(exam.context, model.max_position_embeddings))
     report("reading the text", 1, 1)
     answers: list[str] = []
-    for begin in range(0, len(prompts), QUESTIONS_AT_ONCE):
-        report("answering questions", begin, len(prompts))
-        part = prompts[begin : begin + QUESTIONS_AT_ONCE]
+    total = len(exam.prompts)
+    for begin in range(0, total, QUESTIONS_AT_ONCE):
+        report("answering questions", begin, total)
+        part = exam.prompts[begin : begin + QUESTIONS_AT_ONCE]
         texts = PagedTexts(model, kv_dtype, len(part), max(map(len, part)) + MAX_ANSWER_TOKENS)
         for tokens in texts.continue_greedily(part, MAX_ANSWER_TOKENS):
-            end = next((i for i, token in enumerate(tokens) if token in eos_token_ids), len(tokens))
-            answers.append(decode(tokens[:end]))
-    report("answering questions", len(prompts), len(prompts))
+            end = next((i for i, token in enumerate(tokens) if token in exam.eos_token_ids), len(tokens))
+            answers.append(exam.decode(tokens[:end]))
+    report("answering questions", total, total)
     return Quality(
         perplexity=math.exp(float(losses.mean())),
         block_losses=[float(block.mean()) for block in torch.split(losses, BLOCK_TOKENS)],
@@ -149,12 +128,11 @@ def compare(quality: Quality, reference: Quality) -> Comparison:
 
 
 @torch.inference_mode()
-def _losses(model: Model, hidden: Tensor, token_ids: Sequence[int], context: int) -> Tensor:
+def _losses(model: Model, kv_dtype: KVCacheDtype, token_ids: Sequence[int], context: int) -> Tensor:
     """Loss of every judged token, in order of the text: [num_judged] float64, nats."""
-    targets = torch.tensor([*token_ids[1:], 0], device=hidden.device)
-    judged = torch.tensor([(i + 1) % context != 0 and i + 1 < len(token_ids) for i in range(len(token_ids))])
+    hidden = hidden_states(model, kv_dtype, token_ids, context)
     parts = []
-    for rows in torch.split(judged.nonzero().flatten().to(hidden.device), LOGIT_ROWS):
+    for rows, targets in judged_rows(token_ids, context, hidden.device):
         logprobs = model.compute_logits(hidden[rows]).double().log_softmax(-1)
-        parts.append(-logprobs.gather(1, targets[rows, None]).flatten())
+        parts.append(-logprobs.gather(1, targets[:, None]).flatten())
     return torch.cat(parts).cpu()

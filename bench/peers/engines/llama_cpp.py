@@ -43,7 +43,7 @@ class LlamaCpp(Peer):
         bf16 = home.weights(files, "bf16.gguf")
 
         def quantize(source: Path, target: Path, ggml_type: str) -> None:
-            threads = str(usable_cores())
+            threads = str(len(usable_cores()))
             tool = _program(home, "llama-quantize")
             home.call("quantize", [tool, "--allow-requantize", source, target, ggml_type, threads])
 
@@ -54,7 +54,7 @@ class LlamaCpp(Peer):
 
     def start(self, home: Home, files: ModelFiles, port: int, concurrency: int) -> Start:
         """A slot for each request under way."""
-        threads = str(usable_cores())
+        threads = str(len(usable_cores()))
         argv = [
             str(_program(home, "llama-server")), "-m", str(self._file(home, files)), "--alias", files.name,
             "-t", threads, "-tb", threads, "-np", str(concurrency), "-c", str(CONTEXT_A_SLOT * concurrency),
@@ -79,7 +79,7 @@ def _build(home: Home) -> None:
     build = home.folder / "build" / "llama.cpp"
     cmake = home.python(ENVIRONMENT).parent / "cmake"
     home.call("build-llama.cpp", [cmake, "-S", source, "-B", build, *BUILD_FLAGS])
-    home.call("build-llama.cpp", [cmake, "--build", build, "-j", str(usable_cores()), "--target", *PROGRAMS])
+    home.call("build-llama.cpp", [cmake, "--build", build, "-j", str(len(usable_cores())), "--target", *PROGRAMS])
 
 
 def _source(home: Home) -> Path:

@@ -45,7 +45,7 @@ class OpenVino(Peer):
         """The front, which starts the engine in its own process."""
         argv = [
             str(home.python(ENVIRONMENT)), str(FRONT), str(home.weights(files, "openvino-int8")),
-            "--model", files.name, "--port", str(port), "--threads", str(usable_cores()),
+            "--model", files.name, "--port", str(port), "--threads", str(len(usable_cores())),
             "--cache-gib", str(KV_GIB), "--max-num-seqs", str(MAX_NUM_SEQS),
         ]  # fmt: skip
         return Start(argv, notes="behind a small HTTP front of our own")

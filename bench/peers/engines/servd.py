@@ -39,7 +39,7 @@ class ServdPeer(Peer):
             sys.executable, "-m", "servd.cli", "serve", model_argument(files), "--served-model-name", files.name,
             "--port", str(port), "--grpc-port", "-1", "--max-model-len", str(MAX_MODEL_LEN),
             "--max-num-seqs", str(MAX_NUM_SEQS), "--kv-cache-memory", f"{KV_GIB}GiB",
-            "--threads", str(usable_cores()), *self.flags, *self.scheduling,
+            "--threads", str(len(usable_cores())), *self.flags, *self.scheduling,
         ]  # fmt: skip
         return Start(argv, notes=" ".join([*self.flags, *self.scheduling]) or "defaults")
 

@@ -45,7 +45,6 @@ class VllmCpu(Peer):
 
     def start(self, home: Home, files: ModelFiles, port: int, concurrency: int) -> Start:
         """Its settings for a machine of this size."""
-        cores = usable_cores()
         python = home.python(ENVIRONMENT)
         preloaded = [path for path in (tcmalloc(), python.parent.parent / "lib" / "libiomp5.so") if path is not None]
         argv = [
@@ -57,7 +56,7 @@ class VllmCpu(Peer):
         env = {
             "LD_PRELOAD": ":".join(map(str, preloaded)),
             "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
-            "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}",
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, usable_cores())),
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }

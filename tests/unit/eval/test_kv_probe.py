@@ -93,6 +93,7 @@ def test_text_comes_from_a_file_or_from_python(tmp_path: Path) -> None:
         (["--kv-cache-dtype", "q=int8"], "allowed: one type, or k=TYPE,v=TYPE"),
         (["--kv-cache-skip-layers", "3-1"], "--kv-cache-skip-layers is '3-1'; allowed: numbers and ranges"),
         (["--tokens", "5"], "--tokens is 5; allowed: at least 128"),
+        (["--json", "/nowhere/out.json"], "--json is /nowhere/out.json; allowed: a file in a folder that exists"),
         (["--plot", "x.gif"], "--plot is x.gif; allowed: a file that ends in .png"),
     ],
 )

@@ -13,7 +13,7 @@ from servd.attention.kv_dtype import KVCacheDtype
 from servd.cli import main
 from servd.config import EngineConfig
 from servd.eval.paged_text import PagedTexts
-from servd.eval.quality import Quality, compare, evaluate_model, reference_config
+from servd.eval.quality import Exam, Quality, compare, evaluate_model, reference_config
 from servd.eval.questions import Question, chance_of_difference, questions, score
 from servd.models.loader import load_model
 from tests.unit.eval.tiny_tokenizer import write_byte_tokenizer
@@ -89,12 +89,12 @@ def test_perplexity_is_that_of_the_logits_and_answers_end_at_the_end_token(tmp_p
     logits = model.compute_logits(texts.extend([TEXT[:60]])).double()
     loss = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(TEXT[1:60]))
     prompts = [TEXT[i : i + 5 + i % 3] for i in range(50)]
-    plain = evaluate_model(model, KVCacheDtype(), TEXT[:60], prompts, str, context=60)
+    plain = evaluate_model(model, KVCacheDtype(), Exam(TEXT[:60], 60, prompts, str))
     assert plain.perplexity == pytest.approx(float(loss.exp()), rel=1e-9)
     greedy = PagedTexts(model, KVCacheDtype(), 1, 60).continue_greedily(prompts[:1], 4)[0]
     assert plain.answers[0] == str(greedy)
     end = frozenset([greedy[2]])
-    ended = evaluate_model(model, KVCacheDtype(), TEXT[:60], prompts, str, context=60, eos_token_ids=end)
+    ended = evaluate_model(model, KVCacheDtype(), Exam(TEXT[:60], 60, prompts, str, end))
     assert ended.answers[0] == str(greedy[: greedy.index(greedy[2])])
 
 
@@ -142,6 +142,7 @@ def test_an_earlier_run_serves_as_reference(folder: Path, capsys: pytest.Capture
     ("flags", "message"),
     [
         (["--tokens", "5"], "--tokens is 5; allowed: at least 128"),
+        (["--json", "/nowhere/out.json"], "--json is /nowhere/out.json; allowed: a file in a folder that exists"),
         (["--context", "1"], "--context is 1; allowed: at least 2"),
         (["--strict", "--against", "none"], "allowed: float32 or a FILE"),
         (["--kv-cache-dtype", "int3"], "'int3'"),
