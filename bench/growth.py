@@ -70,11 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure the curves asked for; a plot and its figures as JSON of each."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--only", choices=list(LABELS), action="append", help="this curve; may be given again")
+    parser.add_argument(
+        "--at", type=int, action="append", metavar="X", help="measure there instead of at each curve's own places; may be given again"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER", help="for the files")
     parser.add_argument("--quick", action="store_true", help="few and short points: to see that it works")
     for section in (ModelConfig, CacheConfig):
         add_flags(parser, section, omit=OMITTED)
     arguments = parser.parse_args(argv)
+    if min(arguments.at or [1]) < 1:
+        parser.error(f"--at is {min(arguments.at)}; allowed: at least 1")
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the plots need matplotlib; install servd[plot]")
     model, cache = read_flags(arguments, ModelConfig), read_flags(arguments, CacheConfig)
@@ -83,7 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cores = EngineConfig(model, cache).resolve().parallel.threads or 1
         sweep = QUICK if arguments.quick else Sweep(threads=tuple(1 << n for n in range(cores.bit_length())))
-        run(arguments.only or list(LABELS), settings, sweep, arguments.out)
+        curves = arguments.only or list(LABELS)
+        if arguments.at:
+            sweep = dataclasses.replace(sweep, **dict.fromkeys(curves, tuple(arguments.at)))
+        run(curves, settings, sweep, arguments.out)
     except ConfigError as error:
         parser.error(error.message)
     return 0

@@ -46,3 +46,17 @@ def test_the_command_measures_and_draws(tmp_path: Path) -> None:
         assert {point["x"] for point in points} == expected
         assert all(point["tokens_per_s"] > 0 and point["memory_limit"] > 0 for point in points)
         assert ElementTree.parse(out / f"growth-{name}.svg").getroot().tag.endswith("svg")
+
+
+def test_places_can_be_chosen(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tiny_llama.write_tiny_llama(folder)
+    write_byte_tokenizer(folder)
+    command = [sys.executable, "bench/growth.py", str(folder), "--quick", "--out", str(tmp_path), "--dtype", "float32"]
+    done = subprocess.run([*command, "--only=prompt", "--at=24", "--at=8"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    points = json.loads((tmp_path / "growth-prompt.json").read_text())["points"]
+    assert [point["x"] for point in points] == [8, 24]
+    done = subprocess.run([*command, "--at=0"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "--at is 0; allowed: at least 1" in done.stderr
