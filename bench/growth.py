@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--only", choices=list(LABELS), action="append", help="this curve; may be given again")
     parser.add_argument(
-        "--at", type=int, action="append", metavar="X", help="measure there instead of at each curve's own places; may be given again"
+        "--at", type=int, action="append", metavar="X", help="measure there, not at the usual places; may be repeated"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER", help="for the files")
     parser.add_argument("--quick", action="store_true", help="few and short points: to see that it works")

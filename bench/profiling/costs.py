@@ -52,14 +52,17 @@ def model_cost(model: Model) -> ModelCost:
 
 
 def _packed_weights(layer: object, seen: set[int]) -> list[Any]:
-    """All packed weights that hang on a layer, each once; modules, functions' globals and tensors are not entered."""
+    """All packed weights that hang on a layer, each once; of a function only what it closes over is looked at."""
     found: list[Any] = []
     waiting = [layer]
     while waiting:
         thing = waiting.pop()
-        if id(thing) in seen or isinstance(thing, type | ModuleType | FunctionType | torch.Tensor | str | int):
+        if id(thing) in seen or isinstance(thing, type | ModuleType | torch.Tensor | str | int):
             continue
         seen.add(id(thing))
+        if isinstance(thing, FunctionType):
+            waiting += [cell.cell_contents for cell in thing.__closure__ or ()]
+            continue
         if all(hasattr(thing, name) for name in ("data", "in_features", "out_features")):
             found.append(thing)
         else:

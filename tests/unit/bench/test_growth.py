@@ -30,6 +30,16 @@ def test_a_models_cost_is_that_of_its_matrices(tmp_path: Path) -> None:
     assert cost.seconds(3, 1, {"float32": 2.0}) == 3 * layer * tiny_llama.LAYERS + hidden * tiny_llama.VOCAB_SIZE
 
 
+@pytest.mark.parametrize("quantization", ["w8a8", "w4a8", "w4a16", "int8"])
+def test_all_weights_count_however_they_are_held(tmp_path: Path, quantization: str) -> None:
+    folder = tiny_llama.write_tiny_llama(tmp_path)
+    plain = model_cost(load_model(folder, dtype="float32", device="cpu"))
+    coded = model_cost(load_model(folder, dtype="float32", device="cpu", quantization=quantization))
+    assert sum(coded.operations.values()) == sum(plain.operations.values())
+    assert sum(coded.head_operations.values()) == sum(plain.head_operations.values())
+    assert coded.weight_bytes < plain.weight_bytes
+
+
 def test_the_command_measures_and_draws(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     folder = tmp_path / "model"
