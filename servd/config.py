@@ -89,7 +89,10 @@ class SchedulerConfig:
         0, "largest share of a step that one prompt may take; 0: no limit", unit="tokens"
     )
     num_speculative_tokens: int = flag(
-        7, "most tokens a step guesses ahead of an answer by prompt look-up, and checks; 0: off", unit="tokens"
+        7,
+        "most tokens a step guesses ahead of an answer by prompt look-up, and checks (on a GPU such a step is not "
+        "replayed from a graph); 0: off",
+        unit="tokens",
     )
     scheduling_policy: str = flag("fcfs", "order of the waiting queue (a file of servd/scheduler/policies)")
     max_num_queued_reqs: int = flag(1024, "waiting requests beyond which new ones get 429", unit="requests")
