@@ -48,6 +48,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    allowed_token_ids: tuple[int, ...] | None = None  # no other token is sampled
+    bad_words: tuple[str, ...] = ()  # texts that the answer never holds
+    guidance: str | None = None  # a grammar that the answer follows; see servd.engine.guidance
 
     def validate(self, vocab_size: int) -> None:
         """Raise InvalidRequestError naming the first field out of its range."""

@@ -10,6 +10,7 @@ import hashlib
 from aiohttp import web
 
 from servd import __version__
+from servd.api.access import Caller
 from servd.api.service import InferenceService
 from servd.config import ServerConfig
 
@@ -19,6 +20,7 @@ WRITE_TIMEOUT = web.AppKey("write_timeout", float)  # seconds that a client may 
 BODY_TIMEOUT = web.AppKey("body_timeout", float)  # seconds that a body may take to arrive
 REQUEST_ID = web.RequestKey("request_id", str)
 ARRIVAL = web.RequestKey("arrival", float)  # time.monotonic() seconds
+CALLER = web.RequestKey("caller", Caller)
 
 
 def system_fingerprint(service: InferenceService) -> str:

@@ -15,7 +15,8 @@ import uuid
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from servd.api.http.context import ARRIVAL, REQUEST_ID, SERVER_CONFIG
+from servd.api.access import ANONYMOUS
+from servd.api.http.context import ARRIVAL, CALLER, REQUEST_ID, SERVER_CONFIG
 from servd.api.http.errors import ForbiddenError, as_servd_error, error_response
 from servd.errors import AuthenticationError
 
@@ -75,6 +76,7 @@ def client_is_gone(request: web.Request) -> bool:
 async def check_access(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Demand the API key; where there is none, keep web pages of other sites out of a server meant for this machine."""
     config = request.app[SERVER_CONFIG]
+    request[CALLER] = ANONYMOUS
     # Judged by the route that will run, never by a URL that the Host header had a part in.
     resource = request.match_info.route.resource
     if config.api_key is not None:

@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from servd.api.chat.call import ChatCall
+from servd.api.chat.plan import plan_chat
 from servd.api.http.context import SERVICE, system_fingerprint
 from servd.api.http.decode import decode_body, read_body
 from servd.api.http.generation import Answer, gather_answers, start_streams
@@ -33,11 +35,16 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     body.check()
     params = body.to_sampling_params(service.engine.tokenizer.vocab_size, service.engine.sampling_defaults)
     service.engine.check_room(params.n)
-    token_ids = await service.encode_chat(
-        template_messages(body.messages),
-        add_generation_prompt=body.add_generation_prompt,
-        template_kwargs=body.chat_template_kwargs,
+    plan = await plan_chat(
+        service,
+        ChatCall(
+            template_messages(body.messages),
+            params,
+            add_generation_prompt=body.add_generation_prompt,
+            template_kwargs=body.chat_template_kwargs,
+        ),
     )
+    token_ids, params = plan.prompt_token_ids, plan.params
     request_id = service.new_request_id("chatcmpl")
     with renamed("max_tokens", body.max_tokens_field):
         streams = await start_streams(request, body, [token_ids], params, request_id, ["messages"])
