@@ -266,50 +266,63 @@ def test_a_schema_too_deep_to_be_written_down_is_refused(checker):
 # -- what is remembered ------------------------------------------------------------------------------------------------
 
 
-async def test_the_loop_goes_on_while_heavy_grammars_are_judged(checker):
-    heavy = [guidance.from_json_schema({"enum": [f"{n} {i}" for i in range(8000)]}) for n in range(5)]
-    ticks = 0
-    checks = asyncio.gather(*(checker.check(text, "response_format") for text in heavy), return_exceptions=True)
-    while not checks.done():
-        await asyncio.sleep(0)
-        ticks += 1
-    assert ticks > 100
+def test_the_loop_goes_on_while_heavy_grammars_are_judged(checker):
+    async def main():
+        heavy = [guidance.from_json_schema({"enum": [f"{n} {i}" for i in range(8000)]}) for n in range(5)]
+        ticks = 0
+        checks = asyncio.gather(*(checker.check(text, "response_format") for text in heavy), return_exceptions=True)
+        while not checks.done():
+            await asyncio.sleep(0)
+            ticks += 1
+        assert ticks > 100
+
+    asyncio.run(main())
 
 
-async def test_verdicts_are_bounded_and_refusals_are_remembered(checker):
-    bad = guidance.from_regex("(")
-    for _ in range(2):
-        with pytest.raises(InvalidRequestError, match="unclosed group"):
-            await checker.check(bad, "guided_regex")
-    for i in range(MAX_VERDICTS + 10):
-        await checker.check(guidance.from_choice([f"text {i}"]), "guided_choice")
-    assert len(checker._verdicts) == MAX_VERDICTS
-    checker.require(guidance.from_choice([f"text {MAX_VERDICTS}"]), "guided_choice")
-    with pytest.raises(InvalidRequestError, match="was not checked"):
-        checker.require(guidance.from_choice(["text 0"]), "guided_choice")
-
-
-async def test_too_many_checks_at_once_are_turned_away(checker):
-    texts = [guidance.from_choice([f"text {i}"]) for i in range(MAX_PENDING + 5)]
-    results = await asyncio.gather(*(checker.check(text, "guided_choice") for text in texts), return_exceptions=True)
-    assert [type(result) for result in results if result is not None] == [OverloadedError] * 5
-    await checker.check(texts[-1], "guided_choice")  # there is room again
-
-
-async def test_a_request_with_a_grammar_that_was_not_checked_is_refused(tmp_path):
-    async with FakeEngine(tmp_path) as fake:
-        params = SamplingParams(guidance=guidance.from_choice(["yes"]))
+def test_verdicts_are_bounded_and_refusals_are_remembered(checker):
+    async def main():
+        bad = guidance.from_regex("(")
+        for _ in range(2):
+            with pytest.raises(InvalidRequestError, match="unclosed group"):
+                await checker.check(bad, "guided_regex")
+        for i in range(MAX_VERDICTS + 10):
+            await checker.check(guidance.from_choice([f"text {i}"]), "guided_choice")
+        assert len(checker._verdicts) == MAX_VERDICTS
+        checker.require(guidance.from_choice([f"text {MAX_VERDICTS}"]), "guided_choice")
         with pytest.raises(InvalidRequestError, match="was not checked"):
-            fake.engine.generate([1, 2], params, request_id="a")
-        await fake.engine.check_guidance(params)
-        async with fake.engine.generate([1, 2], params, request_id="a") as stream:
-            assert [output async for output in stream]
-        wrong = SamplingParams(guidance=guidance.from_regex("("))
-        with pytest.raises(InvalidRequestError) as caught:
-            await fake.engine.check_guidance(wrong, param="guided_regex")
-        assert caught.value.param == "guided_regex"
-        with pytest.raises(InvalidRequestError):
-            fake.engine.generate([1, 2], wrong, request_id="b")
+            checker.require(guidance.from_choice(["text 0"]), "guided_choice")
+
+    asyncio.run(main())
+
+
+def test_too_many_checks_at_once_are_turned_away(checker):
+    async def main():
+        texts = [guidance.from_choice([f"text {i}"]) for i in range(MAX_PENDING + 5)]
+        checks = [checker.check(text, "guided_choice") for text in texts]
+        results = await asyncio.gather(*checks, return_exceptions=True)
+        assert [type(result) for result in results if result is not None] == [OverloadedError] * 5
+        await checker.check(texts[-1], "guided_choice")  # there is room again
+
+    asyncio.run(main())
+
+
+def test_a_request_with_a_grammar_that_was_not_checked_is_refused(tmp_path):
+    async def main():
+        async with FakeEngine(tmp_path) as fake:
+            params = SamplingParams(guidance=guidance.from_choice(["yes"]))
+            with pytest.raises(InvalidRequestError, match="was not checked"):
+                fake.engine.generate([1, 2], params, request_id="a")
+            await fake.engine.check_guidance(params)
+            async with fake.engine.generate([1, 2], params, request_id="a") as stream:
+                assert [output async for output in stream]
+            wrong = SamplingParams(guidance=guidance.from_regex("("))
+            with pytest.raises(InvalidRequestError) as caught:
+                await fake.engine.check_guidance(wrong, param="guided_regex")
+            assert caught.value.param == "guided_regex"
+            with pytest.raises(InvalidRequestError):
+                fake.engine.generate([1, 2], wrong, request_id="b")
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(
