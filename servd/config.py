@@ -130,6 +130,12 @@ class ServerConfig:
     max_request_line: int = flag(8190, "longest request line", unit="bytes")
     max_header_bytes: int = flag(16384, "longest header", unit="bytes")
     max_headers: int = flag(100, "most headers of a request")
+    sse_keep_alive: float = flag(15.0, "an event stream that waits gets a comment this often; 0: never", unit="seconds")
+    resume_seconds: float = flag(
+        30.0, "a resumable stream (stream_options.resumable) goes on for so long without a client; 0: none are allowed",
+        unit="seconds",
+    )
+    resume_buffer_bytes: int = flag(64 << 20, "most that is kept of all resumable streams", unit="bytes")
     shutdown_grace: float = flag(30.0, "time that running requests get after SIGTERM", unit="seconds")
     log_level: str = flag("info", "least severe log line shown", choices=("debug", "info", "warning", "error"))
     log_steps: bool = flag(False, "log one line a step: what was in the batch")
