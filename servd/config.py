@@ -120,7 +120,7 @@ class ServerConfig:
     )
     insecure_no_auth: bool = flag(False, "let other machines use this server without a key")
     cors_origin: str = flag("", "web pages that may call from a browser, e.g. https://a.example,http://b.example:3000")
-    tls_cert: str | None = flag(None, "PEM file of the certificate chain: HTTPS, and TLS for gRPC; read again on change")
+    tls_cert: str | None = flag(None, "PEM file of a certificate chain: TLS for HTTP and gRPC; read again on change")
     tls_key: str | None = flag(None, "PEM file of the certificate's private key")
     tls_client_ca: str | None = flag(None, "PEM file of authorities: clients must have a certificate of one of them")
     max_body_bytes: int = flag(8 << 20, "largest request body", unit="bytes")
@@ -199,6 +199,21 @@ class EngineConfig:
             threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         _require("--threads", threads, threads >= 1, "at least 1")
         return dataclasses.replace(self, parallel=dataclasses.replace(self.parallel, threads=threads))
+
+
+def check_limits(config: ServerConfig) -> None:
+    """Raise ConfigError naming the flag whose number makes no sense."""
+    for name, low, high in (
+        ("max_body_bytes", 1024, GIB),
+        ("max_body_chunks", 1, 1 << 24),
+        ("max_json_depth", 8, 512),  # the parser itself stops near 1000
+        ("max_prompts", 1, 1 << 16),
+        ("max_request_line", 256, 1 << 20),
+        ("max_header_bytes", 256, 1 << 20),
+        ("max_headers", 10, 10_000),
+    ):
+        value = getattr(config, name)
+        _require(f"--{name.replace('_', '-')}", value, low <= value <= high, f"{low} to {high}")
 
 
 def default_cpu_kv_memory() -> int:
