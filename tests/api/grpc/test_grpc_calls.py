@@ -169,14 +169,14 @@ def test_every_sampling_field_reaches_the_engine() -> None:
         n=2, max_tokens=3, min_tokens=1, temperature=0.3, top_p=0.7, top_k=5, min_p=0.1, presence_penalty=0.5,
         frequency_penalty=-0.5, repetition_penalty=1.1, logit_bias={7: -1.5}, stop=["a"], stop_token_ids=[9],
         include_stop_str_in_output=True, ignore_eos=True, seed=-4, logprobs=0, prompt_logprobs=2,
-        skip_special_tokens=False,
+        skip_special_tokens=False, allowed_token_ids=[3, 5], bad_words=["b"],
     )  # fmt: skip
-    assert {field.name for field, _ in message.ListFields()} == set(SamplingParams.__struct_fields__)
+    assert {field.name for field, _ in message.ListFields()} == set(SamplingParams.__struct_fields__) - {"guidance"}
     assert sampling_params_from(message, {"max_tokens": 16}) == SamplingParams(
         n=2, max_tokens=3, min_tokens=1, temperature=0.3, top_p=0.7, top_k=5, min_p=0.1, presence_penalty=0.5,
         frequency_penalty=-0.5, repetition_penalty=1.1, logit_bias={7: -1.5}, stop=("a",), stop_token_ids=(9,),
         include_stop_str_in_output=True, ignore_eos=True, seed=-4, logprobs=0, prompt_logprobs=2,
-        skip_special_tokens=False,
+        skip_special_tokens=False, allowed_token_ids=(3, 5), bad_words=("b",),
     )  # fmt: skip
 
 

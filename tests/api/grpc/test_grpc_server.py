@@ -89,7 +89,8 @@ def test_reflection_describes_the_service(tmp_path: Path) -> None:
             (proto,) = (file for file in files if file.package == "servd.v1")
             assert proto.name == "servd/v1/inference.proto"
             assert {method.name for method in proto.service[0].method} == {
-                "Generate", "Chat", "Tokenize", "Detokenize", "ListModels", "GetStatus"
+                "Generate", "Chat", "Abort", "Embed", "CreatePrefix", "ListPrefixes", "GetPrefix", "DeletePrefix",
+                "GetRequestRecord", "Tokenize", "Detokenize", "ListModels", "GetStatus",
             }  # fmt: skip
 
     run(test)
