@@ -5,11 +5,9 @@ Owns a stream's life: deadline, cancellation, a client that does not read. Knows
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Callable
 from contextlib import aclosing
-from typing import Any
 
 from servd.api.access import Caller
 from servd.api.chat.call import ChatCall
@@ -21,25 +19,14 @@ from servd.api.grpc._pb.servd.v1 import inference_pb2_grpc as pb_grpc
 from servd.api.grpc.chunks import ChunkWriter
 from servd.api.grpc.gate import CALL
 from servd.api.grpc.status import Context, errors_as_status
+from servd.api.grpc.writing import write_in_time
 from servd.api.service import InferenceService
-from servd.errors import DeadlineExceededError, InvalidRequestError
+from servd.errors import InvalidRequestError
 from servd.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = SamplingParams().max_tokens  # of Generate; Chat goes on to the end of the context
 MAX_SALT_CHARS = 256
 _REQUEST_ID_SHAPE = re.compile(r"[A-Za-z0-9._-]{1,128}")
-
-
-async def write_in_time(context: Context, message: Any, seconds: float) -> None:
-    """Write; waits while the client is behind, but not for ever.
-
-    Raises DeadlineExceededError then, so that the request is aborted; the client learns of it when it reads on.
-    """
-    try:
-        async with asyncio.timeout(seconds):
-            await context.write(message)
-    except TimeoutError:
-        raise DeadlineExceededError(f"the client left its stream unread for {seconds:g} s") from None
 
 
 class GenerationCalls(pb_grpc.InferenceServicer):

@@ -13,8 +13,10 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from servd.api.grpc._pb.inference import grpc_service_pb2_grpc as kserve_grpc
 from servd.api.grpc._pb.servd.v1 import inference_pb2_grpc as pb_grpc
 from servd.api.grpc.gate import Gate, single_key
+from servd.api.grpc.kserve import KServeServicer
 from servd.api.grpc.servicer import InferenceServicer
 from servd.api.service import InferenceService
 from servd.api.sockets import check_listenable
@@ -22,6 +24,7 @@ from servd.config import ServerConfig
 from servd.errors import ConfigError
 
 SERVICE_NAME = "servd.v1.Inference"
+KSERVE_NAME = "inference.GRPCInferenceService"
 HEALTH_POLL_SECONDS = 0.5
 WRITE_SECONDS = 60.0  # that a client may leave its stream unread
 
@@ -53,8 +56,9 @@ class GrpcServer:
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
         pb_grpc.add_InferenceServicer_to_server(InferenceServicer(service, write_timeout), self._server)
+        kserve_grpc.add_GRPCInferenceServiceServicer_to_server(KServeServicer(service, write_timeout), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE_NAME, KSERVE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         self.port = _listen(self._server, config.host, config.grpc_port)
 
@@ -86,7 +90,7 @@ class GrpcServer:
     async def _set_health(self) -> None:
         ready = self.service.engine.state == "ready"
         serving = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", SERVICE_NAME):
+        for name in ("", SERVICE_NAME, KSERVE_NAME):
             await self._health.set(name, serving)
 
 
