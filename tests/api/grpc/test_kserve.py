@@ -255,7 +255,9 @@ def set_parameter(name: str, kind: str, value: Any) -> Any:
 
 WRONG: dict[str, tuple[Any, Code, str]] = {
     "no input": (Request(model_name=MODEL), Code.INVALID_ARGUMENT, "inputs"),
-    "unknown input": (changed(lambda r: setattr(r.inputs[0], "name", "prompt")), Code.INVALID_ARGUMENT, "inputs[0].name"),
+    "unknown input": (
+        changed(lambda r: setattr(r.inputs[0], "name", "prompt")), Code.INVALID_ARGUMENT, "inputs[0].name"
+    ),
     "unknown datatype": (
         changed(lambda r: setattr(r.inputs[0], "datatype", "UTF8")), Code.INVALID_ARGUMENT, "inputs[0].datatype"
     ),
@@ -263,7 +265,9 @@ WRONG: dict[str, tuple[Any, Code, str]] = {
         changed(lambda r: setattr(r.inputs[0], "datatype", "BOOL")), Code.INVALID_ARGUMENT, "inputs[0].datatype"
     ),
     "wrong shape": (changed(lambda r: r.inputs[0].shape.append(2)), Code.INVALID_ARGUMENT, "inputs[0].shape"),
-    "huge shape": (changed(lambda r: r.inputs[0].shape.extend([1 << 62] * 9)), Code.INVALID_ARGUMENT, "inputs[0].shape"),
+    "huge shape": (
+        changed(lambda r: r.inputs[0].shape.extend([1 << 62] * 9)), Code.INVALID_ARGUMENT, "inputs[0].shape"
+    ),
     "negative shape": (
         changed(lambda r: r.inputs[0].shape.__setitem__(0, -1)), Code.INVALID_ARGUMENT, "inputs[0].shape"
     ),
@@ -339,7 +343,9 @@ WRONG: dict[str, tuple[Any, Code, str]] = {
     "a priority": (set_parameter("priority", "uint64_param", 1), Code.UNIMPLEMENTED, "priority"),
     "timeout 0": (set_parameter("timeout", "int64_param", 0), Code.INVALID_ARGUMENT, "timeout"),
     "prompt_logprobs": (request_of(prompt_logprobs=1), Code.UNIMPLEMENTED, "parameters.prompt_logprobs"),
-    "logprobs not computed": (request_of(flags={"return_logprobs": True}), Code.INVALID_ARGUMENT, "parameters.logprobs"),
+    "logprobs not computed": (
+        request_of(flags={"return_logprobs": True}), Code.INVALID_ARGUMENT, "parameters.logprobs"
+    ),
     "two grammars": (request_of(guided_regex="a", guided_grammar="b"), Code.INVALID_ARGUMENT, "guided_regex"),
     "a stream in one reply": (request_of(flags={"stream": True}), Code.INVALID_ARGUMENT, "stream"),
     "a stream with its input": (
