@@ -5,34 +5,30 @@ Knows nothing of what calls do; prompts never reach the log. Health and reflecti
 
 from __future__ import annotations
 
-import hmac
 import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
-from contextvars import ContextVar
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
 
-from servd.api.access import ANONYMOUS, Caller
+from servd.api.access import KeyRing, current_caller, set_caller
 from servd.api.grpc.status import Context, abort_with
-from servd.errors import AuthenticationError, ServdError
+from servd.errors import ServdError
 
 HEALTH_METHODS = "/grpc.health.v1.Health/"  # probes carry no key
+MAX_OFFERED_KEYS = 4  # each unknown one is compared with all of the key file
 OWN_METHODS = ("/servd.v1.", "/inference.")
 REQUEST_ID_KEY = "x-request-id"
 
 _REQUEST_ID_SHAPE = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _log = logging.getLogger("servd.grpc")
 
-Metadata = Mapping[str, str]  # a call's metadata of text; keys are lower case
-Authenticate = Callable[[Metadata], Caller]
-"""Who calls, by a call's metadata. Raises AuthenticationError."""
-
+Metadata = Sequence[tuple[str, str | bytes]] | None
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # not subscriptable when it runs
 
 
@@ -42,41 +38,41 @@ class CallInfo:
 
     method: str
     request_id: str  # of this call, for the logs; the client's own if it is harmless
-    caller: Caller
     started: float  # time.monotonic() seconds
 
 
-CALL: ContextVar[CallInfo] = ContextVar("servd_grpc_call")
-"""Set for the task that handles a call, by the gate."""
+def admit_call(keys: KeyRing, metadata: Metadata) -> None:
+    """Make the key's holder the caller of this task, and count the call.
+
+    Raises AuthenticationError, or RateLimitedError.
+    """
+    caller = keys.caller(_offered_keys(metadata))
+    if caller.limits is not None:
+        caller.limits.count_request()
+    set_caller(caller)
 
 
-def single_key(api_key: str | None) -> Authenticate:
-    """One key for all (`authorization: Bearer KEY` or `x-api-key: KEY`), or none needed."""
-
-    def authenticate(metadata: Metadata) -> Caller:
-        if api_key is None or any(_same(offered, api_key) for offered in offered_keys(metadata)):
-            return ANONYMOUS
-        raise AuthenticationError("no valid API key; send metadata authorization: Bearer KEY or x-api-key: KEY")
-
-    return authenticate
-
-
-def offered_keys(metadata: Metadata) -> list[str]:
-    """The keys that a call carries."""
-    scheme, _, token = metadata.get("authorization", "").partition(" ")
-    keys = [token.strip()] if scheme.lower() == "bearer" else []
-    return [*keys, metadata["x-api-key"]] if "x-api-key" in metadata else keys
+def _offered_keys(metadata: Metadata) -> list[str]:
+    offered = []
+    for name, value in metadata or ():
+        text = value if isinstance(value, str) else value.decode("latin-1")
+        scheme, _, key = ("Bearer", "", text) if name == "x-api-key" else text.partition(" ")
+        if name in ("authorization", "x-api-key") and scheme.lower() == "bearer":
+            offered.append(key)
+    return offered[:MAX_OFFERED_KEYS]
 
 
-def _same(offered: str, key: str) -> bool:
-    return hmac.compare_digest(offered.encode(errors="surrogateescape"), key.encode())
+def _offered_request_id(metadata: Metadata) -> str:
+    offered = next((value for name, value in metadata or () if name == REQUEST_ID_KEY), "")
+    harmless = isinstance(offered, str) and _REQUEST_ID_SHAPE.fullmatch(offered)
+    return str(offered) if harmless else uuid.uuid4().hex
 
 
 class Gate(grpc.aio.ServerInterceptor):
     """Lets calls with a key pass; its answer carries `x-request-id`."""
 
-    def __init__(self, authenticate: Authenticate) -> None:
-        self._authenticate = authenticate
+    def __init__(self, keys: KeyRing) -> None:
+        self._keys = keys
 
     async def intercept_service(
         self,
@@ -84,17 +80,13 @@ class Gate(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
         """The method's own handler, with a log line around it, or one that refuses."""
-        method = handler_call_details.method
-        metadata = {key: value for key, value in handler_call_details.invocation_metadata if isinstance(value, str)}
-        offered = metadata.get(REQUEST_ID_KEY, "")
-        request_id = offered if _REQUEST_ID_SHAPE.fullmatch(offered) else uuid.uuid4().hex
-        info = CallInfo(method, request_id, ANONYMOUS, time.monotonic())
+        method, metadata = handler_call_details.method, handler_call_details.invocation_metadata
+        info = CallInfo(method, _offered_request_id(metadata), time.monotonic())
         if not method.startswith(HEALTH_METHODS):
             try:
-                info = CallInfo(method, request_id, self._authenticate(metadata), info.started)
+                admit_call(self._keys, metadata)  # interceptor and handler run in one task
             except ServdError as error:
                 return _observed(_refusal(error), info)
-        CALL.set(info)  # interceptor and handler run in one task
         handler = await continuation(handler_call_details)
         return _observed(handler, info) if handler is not None and method.startswith(OWN_METHODS) else handler
 
@@ -132,7 +124,7 @@ def _observed(handler: Handler, info: CallInfo) -> Handler:
             milliseconds = (time.monotonic() - info.started) * 1000
             _log.info(
                 "%s %s %.0f ms %s %s %s", info.method[:100], code.name, milliseconds, context.peer(),
-                info.caller.name, info.request_id,
+                current_caller().name, info.request_id,
             )  # fmt: skip
 
     return _KINDS[kind](observe, handler.request_deserializer, handler.response_serializer)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from contextlib import aclosing
 
-from servd.api.access import Caller
+from servd.api.access import Caller, current_caller
 from servd.api.chat.call import ChatCall
 from servd.api.chat.parts import AnswerReader
 from servd.api.chat.plan import plan_chat
@@ -17,7 +17,6 @@ from servd.api.grpc import convert
 from servd.api.grpc._pb.servd.v1 import inference_pb2 as pb
 from servd.api.grpc._pb.servd.v1 import inference_pb2_grpc as pb_grpc
 from servd.api.grpc.chunks import ChunkWriter
-from servd.api.grpc.gate import CALL
 from servd.api.grpc.status import Context, errors_as_status
 from servd.api.grpc.writing import write_in_time
 from servd.api.service import InferenceService
@@ -77,7 +76,7 @@ class GenerationCalls(pb_grpc.InferenceServicer):
         """End a request of the same tenant."""
         async with errors_as_status(context):
             owner = self._running.get(request.request_id)
-            is_own = owner is not None and owner.tenant == CALL.get().caller.tenant
+            is_own = owner is not None and owner.tenant == current_caller().tenant
             return pb.AbortResponse(aborted=is_own and self.service.engine.abort(request.request_id))
         return None
 
@@ -103,7 +102,7 @@ class GenerationCalls(pb_grpc.InferenceServicer):
             prompt_param=prompt_param,
         )
         writer = ChunkWriter(request_id, self.service.model_name, self.service.engine.tokenizer, new_reader)
-        self._running[request_id] = CALL.get().caller
+        self._running[request_id] = current_caller()
         try:
             async with aclosing(outputs):
                 async for output in outputs:

@@ -13,13 +13,16 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from servd.api.access import KeyRing
 from servd.api.grpc._pb.inference import grpc_service_pb2_grpc as kserve_grpc
 from servd.api.grpc._pb.servd.v1 import inference_pb2_grpc as pb_grpc
-from servd.api.grpc.gate import Gate, single_key
+from servd.api.grpc.credentials import server_credentials
+from servd.api.grpc.gate import Gate
 from servd.api.grpc.kserve import KServeServicer
 from servd.api.grpc.servicer import InferenceServicer
 from servd.api.service import InferenceService
 from servd.api.sockets import check_listenable
+from servd.api.tls import TlsFiles
 from servd.config import ServerConfig
 from servd.errors import ConfigError
 
@@ -47,10 +50,12 @@ _LIMITS = (
 class GrpcServer:
     """A listening server and the task that keeps its health service up to date."""
 
-    def __init__(self, service: InferenceService, config: ServerConfig, *, write_timeout: float) -> None:
+    def __init__(
+        self, service: InferenceService, config: ServerConfig, keys: KeyRing, *, write_timeout: float
+    ) -> None:
         self.service = service
         self._server = grpc.aio.server(
-            interceptors=[Gate(single_key(config.api_key))],
+            interceptors=[Gate(keys)],
             options=[*_LIMITS, ("grpc.max_receive_message_length", config.max_body_bytes)],
         )
         self._health = health.aio.HealthServicer()
@@ -60,7 +65,7 @@ class GrpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, KSERVE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
-        self.port = _listen(self._server, config.host, config.grpc_port)
+        self.port = _listen(self._server, config.host, config.grpc_port, TlsFiles.of(config))
 
     async def start(self) -> None:
         """Take calls."""
@@ -94,24 +99,32 @@ class GrpcServer:
             await self._health.set(name, serving)
 
 
-def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
+def _listen(server: grpc.aio.Server, host: str, port: int, tls: TlsFiles | None) -> int:
     """Bind; returns the port. Raises ConfigError with the system's reason."""
     # grpc says only "failed to bind", after log lines of its own; the system says why.
     check_listenable(host, port, "--grpc-port")
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        return server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        if tls is not None:
+            return server.add_secure_port(address, server_credentials(tls))
+        return server.add_insecure_port(address)
     except RuntimeError as error:
         raise ConfigError(f"--grpc-port is {port}: cannot listen on {host}:{port}: {error}") from None
 
 
 async def start_grpc(
-    service: InferenceService, config: ServerConfig, *, write_timeout: float = WRITE_SECONDS
+    service: InferenceService,
+    config: ServerConfig,
+    *,
+    keys: KeyRing | None = None,
+    write_timeout: float = WRITE_SECONDS,
 ) -> tuple[GrpcServer, int]:
     """Start the gRPC front on `config.host:config.grpc_port` (0: a free port); the server and its port.
 
-    `write_timeout` in seconds. Raises ConfigError if it cannot listen there. The engine need not be ready: calls get
-    UNAVAILABLE until it is.
+    `keys`: those of the config unless given. `write_timeout` in seconds. Raises ConfigError if it cannot listen there.
+    The engine need not be ready: calls get UNAVAILABLE until it is.
     """
-    server = GrpcServer(service, config, write_timeout=write_timeout)
+    keys = KeyRing.of(config) if keys is None else keys
+    server = GrpcServer(service, config, keys, write_timeout=write_timeout)
     await server.start()
     return server, server.port

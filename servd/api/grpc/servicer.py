@@ -6,6 +6,7 @@ Knows nothing of sockets, keys or health.
 from __future__ import annotations
 
 import servd
+from servd.api.access import current_caller
 from servd.api.grpc import convert
 from servd.api.grpc._pb.servd.v1 import inference_pb2 as pb
 from servd.api.grpc.generation import GenerationCalls
@@ -37,7 +38,9 @@ class InferenceServicer(GenerationCalls):
         return None
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
-        """The one model there is."""
+        """The one model there is, if the caller may use it."""
+        if not current_caller().may_use(self.service.model_name):
+            return pb.ListModelsResponse()
         model = pb.Model(
             name=self.service.model_name,
             max_model_len=self.service.engine.max_model_len,

@@ -161,7 +161,6 @@ def test_a_body_that_does_not_arrive_is_408(tmp_path: Path) -> None:
 
 
 def test_bytes_that_are_not_http_get_json(tmp_path: Path) -> None:
-    large = b"x" * 100_000
     heads = {
         "negative length": HEAD + b"Content-Length: -5\r\n\r\n",
         "length that is no number": HEAD + b"Content-Length: five\r\n\r\n",
@@ -170,9 +169,6 @@ def test_bytes_that_are_not_http_get_json(tmp_path: Path) -> None:
         "bad chunk size": HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
         "no method": b"hello there\r\n\r\n",
         "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(50) + b"\r\n\r\n",
-        "large header": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + large + b"\r\n\r\n",
-        "large path": b"GET /" + large + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        "many headers": b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 10_000 + b"\r\n",
         "header without colon": b"GET /health HTTP/1.1\r\nHost localhost\r\n\r\n",
         "bare line feeds": b"GET /health HTTP/1.1\nHost: localhost\n\n",
         "folded header": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\r\n b\r\n\r\n",

@@ -5,19 +5,18 @@ Knows nothing of what a request means: servd.api.kserve does.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
-from servd.api.http.context import SERVICE, WRITE_TIMEOUT
+from servd.api.http.context import SERVICE
 from servd.api.http.decode import decode_body, read_body
 from servd.api.http.errors import as_servd_error
+from servd.api.http.event_stream import send_events
 from servd.api.http.kserve import MODEL_PATHS, model_of, protocol_error, protocol_errors
-from servd.api.http.middleware import client_is_gone
 from servd.api.http.replies import json_reply
 from servd.api.kserve import model
 from servd.api.kserve.answers import InferReply, replies_to, whole_reply
@@ -212,22 +211,24 @@ async def generate_stream(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     asked = await _generate_request(request)
     call = call_from(asked, service)
-    response = web.StreamResponse(
-        headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-    )
     async with aclosing(replies_to(service, call, None)) as replies:
-        reply = await anext(replies)  # what is refused at once has a status of its own
-        await response.prepare(request)
-        try:
-            await _send(request, response, msgspec.json.encode(_generated(service, asked.id, reply)))
-            async for reply in replies:
-                await _send(request, response, msgspec.json.encode(_generated(service, asked.id, reply)))
-        except Exception as error:
-            if isinstance(error, ConnectionError) and client_is_gone(request):
-                raise
-            await _send(request, response, protocol_error(as_servd_error(error)))
-        await response.write_eof()
-    return response
+        first = await anext(replies)  # what is refused at once has a status of its own
+        return await send_events(request, service.new_request_id("gen"), _events(service, asked.id, first, replies))
+
+
+async def _events(
+    service: InferenceService, request_id: str, first: InferReply, replies: AsyncGenerator[InferReply, None]
+) -> AsyncGenerator[list[bytes], None]:
+    yield [_event(msgspec.json.encode(_generated(service, request_id, first)))]
+    try:
+        async for reply in replies:
+            yield [_event(msgspec.json.encode(_generated(service, request_id, reply)))]
+    except Exception as error:
+        yield [_event(protocol_error(as_servd_error(error)))]
+
+
+def _event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
 
 
 async def _generate_request(request: web.Request) -> InferRequest:
@@ -253,17 +254,6 @@ def _generated(service: InferenceService, request_id: str, reply: InferReply) ->
         values = _json_values(tensor)
         shown[tensor.name] = values[0] if len(values) == 1 else values
     return shown
-
-
-async def _send(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
-    """Write an event; waits while the client is behind, but not for ever. Raises ConnectionError when it is gone."""
-    try:
-        async with asyncio.timeout(request.app[WRITE_TIMEOUT]):
-            await response.write(b"data: " + data + b"\n\n")
-    except TimeoutError:
-        if request.transport is not None:
-            request.transport.abort()
-        raise ConnectionResetError("the client does not read") from None
 
 
 ROUTES = [
