@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from servd.errors import ConfigError
+from servd.sampling_params import POOLINGS
 
 GIB = 1 << 30
 MAX_DRAFTS = 32  # guesses in a step; on no machine seen do so many pay for themselves
@@ -55,6 +56,11 @@ class ModelConfig:
         "auto",
         "sampling defaults for requests that do not set them; auto: the model's generation_config.json; none: OpenAI's",
         choices=("auto", "none"),
+    )
+    embedding_pooling: str = flag(
+        "last",
+        "which hidden states make an embedding, unless a request says: the last token's, all (mean), the first's (cls)",
+        choices=POOLINGS,
     )
     seed: int | None = flag(None, "makes requests without a seed of their own repeatable, in order of arrival")
 

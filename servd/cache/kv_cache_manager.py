@@ -55,13 +55,13 @@ class KVCacheManager:
     def attach_cached_prefix(self, request: Request) -> int:
         """Give a request without blocks those that hold its longest cached prefix; returns the tokens they cover.
 
-        At most num_tokens − 1, so that the last token is computed and gives logits; none if prompt log-probabilities
-        are wanted, since those need every position computed.
+        At most num_tokens − 1, so that the last token is computed and gives logits; none if the prompt's
+        log-probabilities, or a mean over it, are wanted, since those need every position computed.
         """
         assert request.request_id not in self._tables, f"{request} holds blocks already"
         table = _Table(root_hash(request.cache_salt))
         self._tables[request.request_id] = table
-        if not self.enable_prefix_caching or request.sampling_params.prompt_logprobs is not None:
+        if not self.enable_prefix_caching or request.sampling_params.needs_every_position:
             return 0
         token_ids = request.all_token_ids()
         size = self.block_size

@@ -35,6 +35,7 @@ class Update:
     new_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a new token, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None
+    embedding: bytes | None = None  # little-endian float32, once a pooled prompt is computed
     first_position: int = 0  # of the tokens computed in this step
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
@@ -302,6 +303,7 @@ class Scheduler:
                 update.finish_reason = FinishReason.ERROR
             else:
                 update.prompt_logprobs = output.prompt_logprobs.get(request_id)
+                update.embedding = output.embeddings.get(request_id)
                 update.first_position = share.num_computed_before
                 num_computed = share.num_computed_after
                 if share.samples:
