@@ -299,6 +299,7 @@ class Scheduler:
             update = Update(request)
             request_id = request.request_id
             if request_id in output.failed:
+                self.cache.forget_computed(request)
                 update.error = output.failed[request_id]
                 update.finish_reason = FinishReason.ERROR
             else:
@@ -314,6 +315,8 @@ class Scheduler:
                 if request.status is RequestStatus.RUNNING:
                     request.num_computed_tokens += max(len(update.new_token_ids) - 1, 0)
                     self.cache.cache_full_blocks(request, num_computed)
+                    if request.pin_id is not None and update.finish_reason is FinishReason.LENGTH:
+                        self.cache.pin(request.pin_id, request)
             if update.finish_reason is not None:
                 self._finish(request, update.finish_reason)
             updates.append(update)
