@@ -123,7 +123,21 @@ class ServerConfig:
     port: int = flag(8000, "HTTP port; 0 picks a free one")
     grpc_port: int = flag(8001, "gRPC port; 0 picks a free one, -1 turns gRPC off")
     api_key: str | None = flag(None, "clients must send this key (also from SERVD_API_KEY); default: none needed")
+    api_keys_file: str | None = flag(
+        None, "keys with names, scopes and limits, as `servd keys` makes them; read again when it changes"
+    )
+    insecure_no_auth: bool = flag(False, "let other machines use this server without a key")
+    cors_origin: str = flag("", "web pages that may call from a browser, e.g. https://a.example,http://b.example:3000")
+    tls_cert: str | None = flag(None, "PEM file of the certificate chain: HTTPS, and TLS for gRPC; read again on change")
+    tls_key: str | None = flag(None, "PEM file of the certificate's private key")
+    tls_client_ca: str | None = flag(None, "PEM file of authorities: clients must have a certificate of one of them")
     max_body_bytes: int = flag(8 << 20, "largest request body", unit="bytes")
+    max_body_chunks: int = flag(16384, "most chunks of a chunked body")
+    max_json_depth: int = flag(128, "how deep arrays and objects of a body may be nested")
+    max_prompts: int = flag(256, "most prompts of one request")
+    max_request_line: int = flag(8190, "longest request line", unit="bytes")
+    max_header_bytes: int = flag(16384, "longest header", unit="bytes")
+    max_headers: int = flag(100, "most headers of a request")
     sse_keep_alive: float = flag(15.0, "an event stream that waits gets a comment this often; 0: never", unit="seconds")
     resume_seconds: float = flag(
         30.0, "a resumable stream (stream_options.resumable) goes on for so long without a client; 0: none are allowed",

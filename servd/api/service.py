@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
+from servd.api.access import current_caller
 from servd.engine.async_engine import AsyncEngine, EngineStats
 from servd.engine.embeddings import Embedding, check_dimensions, embed_all, pooling_params
 from servd.engine.result_stream import ResultStream
@@ -31,7 +32,12 @@ class InferenceService:
         self.created = int(time.time())
 
     def check_model(self, name: str | None) -> None:
-        """Raise NotFoundError unless `name` is the served model (None and "" mean: the one there is)."""
+        """Raise NotFoundError unless `name` is the served model (None and "" mean: the one there is).
+
+        A caller with a scope hears the same of models that do not exist and of those that it may not use.
+        """
+        if not current_caller().may_use(self.model_name):
+            raise NotFoundError(f"model {name!r} does not exist, or this API key may not use it", param="model")
         if name and name != self.model_name:
             raise NotFoundError(f"model {name!r} does not exist; served here: {self.model_name!r}", param="model")
 
@@ -97,11 +103,25 @@ class InferenceService:
         The stream yields RequestOutputs of all `params.n` answers (see `index`) until each has a finish_reason;
         closing it aborts what is unfinished. `timeout` in seconds. Raises InvalidRequestError, OverloadedError,
         EngineUnavailableError; what fails later arrives as an output with `error` set.
+
+        Whatever the dialect, the caller's scope and limits hold here (NotFoundError, RateLimitedError), and its tenant
+        is part of the salt.
         """
-        return self.engine.generate(
-            prompt_token_ids, params, request_id=request_id, priority=priority, timeout=timeout,
-            cache_salt=cache_salt, prompt_param=prompt_param,
-        )  # fmt: skip
+        caller = current_caller()
+        self.check_model(self.model_name)
+        charge = None if caller.limits is None else caller.limits.begin(len(prompt_token_ids), params.n)
+        try:
+            stream = self.engine.generate(
+                prompt_token_ids, params, request_id=request_id, priority=priority, timeout=timeout,
+                cache_salt=caller.cache_salt(cache_salt), prompt_param=prompt_param,
+            )  # fmt: skip
+        except BaseException:
+            if charge is not None:
+                charge.refund()
+            raise
+        if charge is not None:
+            stream.on_output = charge.take
+        return stream
 
     async def embed(
         self,

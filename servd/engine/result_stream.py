@@ -25,9 +25,13 @@ class ResultStream:
         self._pending: dict[int, RequestOutput] = {}  # by answer
         self._news = asyncio.Event()
         self._closed = False
+        # Told of each output as it is made: also what nobody reads costs its computation.
+        self.on_output: Callable[[RequestOutput], None] | None = None
 
     def put(self, output: RequestOutput) -> None:
         """Called by the engine: add news of one answer."""
+        if self.on_output is not None:
+            self.on_output(output)
         waiting = self._pending.get(output.index)
         if waiting is None:
             self._pending[output.index] = output
