@@ -15,8 +15,11 @@ from typing import Any
 from servd.api.access import current_caller
 from servd.engine.async_engine import AsyncEngine, EngineStats
 from servd.engine.embeddings import Embedding, check_dimensions, embed_all, pooling_params
+from servd.engine.prefix_pins import DEFAULT_TTL_SECONDS, PrefixPin
 from servd.engine.result_stream import ResultStream
 from servd.errors import InvalidRequestError, NotFoundError
+from servd.outputs import RequestOutput
+from servd.request import FinishReason
 from servd.sampling_params import SamplingParams
 
 MAX_TOKENIZE_CHARS = 1 << 20  # of a text that need not fit the context
@@ -163,6 +166,41 @@ class InferenceService:
         return await embed_all(
             start, len(prompts), num_at_once=limit, dimensions=dimensions, normalize=normalize
         )
+
+    async def create_prefix(
+        self,
+        token_ids: list[int],
+        *,
+        ttl_seconds: float = DEFAULT_TTL_SECONDS,
+        name: str | None = None,
+        cache_salt: str = "",
+        prompt_param: str = "prompt",
+    ) -> PrefixPin:
+        """Compute a prefix and keep its KV blocks for the caller's tenant; see PrefixPins.create."""
+        caller = current_caller()
+        self.check_model(self.model_name)
+        self.engine.inputs.check(len(token_ids), SamplingParams(max_tokens=0), prompt_param=prompt_param)
+        charge = None if caller.limits is None else caller.limits.begin(len(token_ids), 1)
+        try:
+            return await self.engine.pins.create(
+                token_ids, tenant=caller.tenant, cache_salt=caller.cache_salt(cache_salt), ttl_seconds=ttl_seconds,
+                name=name, prompt_param=prompt_param,
+            )  # fmt: skip
+        finally:
+            if charge is not None:
+                charge.take(RequestOutput("", 0, finish_reason=FinishReason.LENGTH))
+
+    def list_prefixes(self) -> list[PrefixPin]:
+        """The caller's tenant's, oldest first."""
+        return self.engine.pins.of_tenant(current_caller().tenant)
+
+    def get_prefix(self, pin_id: str) -> PrefixPin:
+        """Raises UnknownPrefixError, also for another tenant's."""
+        return self.engine.pins.get(pin_id, current_caller().tenant)
+
+    def delete_prefix(self, pin_id: str) -> None:
+        """Let go of it. Raises UnknownPrefixError."""
+        self.engine.pins.delete(pin_id, current_caller().tenant)
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
         """Token ids of a text, which may be empty, and longer than the context. Raises InvalidRequestError."""

@@ -15,7 +15,7 @@ from aiohttp import web
 from servd.api.http.context import ARRIVAL, SERVICE
 from servd.api.http.decode import decode_body, read_body
 from servd.api.http.replies import json_reply
-from servd.api.http.schema import MAX_DEADLINE_MS, MAX_PRIORITY, MAX_SALT_CHARS
+from servd.api.http.schema.generation import MAX_DEADLINE_MS, MAX_PRIORITY, MAX_SALT_CHARS
 from servd.api.service import InferenceService
 from servd.engine.embeddings import Embedding
 from servd.errors import DeadlineExceededError, InvalidRequestError
