@@ -19,7 +19,9 @@ from servd.config import EngineConfig
 from servd.engine.core import EngineCore
 from servd.engine.input_processor import InputProcessor
 from servd.engine.output_processor import OutputProcessor
+from servd.engine.prefix_pins import PrefixPins
 from servd.engine.result_stream import ResultStream
+from servd.engine.stats import EngineStats as EngineStats
 from servd.engine.tokenizer import Tokenizer
 from servd.errors import (
     ConfigError,
@@ -45,20 +47,6 @@ T = TypeVar("T")
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the seeds of a request's n answers
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """The engine's load at one moment."""
-
-    state: str  # starting, ready, recovering, draining or dead
-    running: int  # requests
-    waiting: int  # requests
-    kv_blocks_used: int
-    kv_blocks_cached: int
-    kv_blocks_free: int
-    num_blocks: int  # all but the null block
-    block_size: int  # tokens
 
 
 def with_max_model_len(config: EngineConfig, files: ModelFiles) -> EngineConfig:
@@ -112,6 +100,7 @@ class AsyncEngine:
         self._core: EngineCore | None = None
         self._inputs: InputProcessor | None = None
         self._outputs: OutputProcessor | None = None
+        self._pins: PrefixPins | None = None
         self._task: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
         self._died = asyncio.Event()
@@ -149,15 +138,11 @@ class AsyncEngine:
             on_updates=self._take_updates, on_state=self._change_state,
             max_restarts=self.config.parallel.max_worker_restarts, log_steps=self._log_steps,
         )  # fmt: skip
-        self.metrics.follow_gauges(
-            {
-                "running": lambda: self.stats().running,
-                "waiting": lambda: self.stats().waiting,
-                "used": lambda: self.stats().kv_blocks_used,
-                "cached": lambda: self.stats().kv_blocks_cached,
-                "free": lambda: self.stats().kv_blocks_free,
-            }
-        )
+        self._pins = PrefixPins(
+            cache, self.generate, block_bytes=info.block_bytes, max_model_len=self.max_model_len,
+            max_share=self.config.cache.max_pinned_share, max_tenant_share=self.config.cache.max_tenant_pinned_share,
+        )  # fmt: skip
+        self.metrics.follow_gauges(self.stats, lambda: len(self.pins))
         self._task = asyncio.create_task(self._run(), name="servd-engine")
         self.state = "ready"
 
@@ -190,6 +175,8 @@ class AsyncEngine:
 
     async def close(self) -> None:
         """Stop at once: unfinished requests get an error, the workers end. Safe to call twice."""
+        if self._pins is not None:
+            self._pins.close()
         self._end_all(FinishReason.ABORT, EngineUnavailableError("the engine was closed"))
         self.state = "dead"
         if self._task is not None:
@@ -214,10 +201,12 @@ class AsyncEngine:
         timeout: float | None = None,
         cache_salt: str = "",
         prompt_param: str = "prompt",
+        pin_id: str | None = None,
     ) -> ResultStream:
         """Check and queue a request; returns its stream of outputs.
 
-        `timeout` in seconds ends it with FinishReason.DEADLINE. `prompt_param` is what errors call the prompt.
+        `timeout` in seconds ends it with FinishReason.DEADLINE. `prompt_param` is what errors call the prompt. `pin_id`
+        is for PrefixPins: max_tokens is 0 then.
         Raises InvalidRequestError naming the field, EngineUnavailableError, OverloadedError.
         """
         core, outputs = self.core, self.outputs
@@ -250,6 +239,7 @@ class AsyncEngine:
                 priority=priority,
                 parent_id=answer_ids[0] if index and shares_prompt else None,
                 cache_salt=cache_salt,
+                pin_id=pin_id,
             )  # fmt: skip
             self._answers[answer_id] = request_id
             outputs.add(request, index, stream)
@@ -280,19 +270,7 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         """Queue lengths and KV use now."""
-        scheduler = self.core.scheduler
-        pool = scheduler.cache.pool
-        cached = pool.num_cached
-        return EngineStats(
-            state=self.state,
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            kv_blocks_used=pool.num_usable - pool.num_free,
-            kv_blocks_cached=cached,
-            kv_blocks_free=pool.num_free - cached,
-            num_blocks=pool.num_usable,
-            block_size=scheduler.cache.block_size,
-        )
+        return EngineStats.read(self.state, self.core.scheduler)
 
     async def run_in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """Run work on text in a thread, so that the loop goes on meanwhile."""
@@ -318,6 +296,13 @@ class AsyncEngine:
         if self._outputs is None:
             raise EngineUnavailableError("the engine is starting")
         return self._outputs
+
+    @property
+    def pins(self) -> PrefixPins:
+        """The pinned prefixes. Raises EngineUnavailableError before `start()`."""
+        if self._pins is None:
+            raise EngineUnavailableError("the engine is starting")
+        return self._pins
 
     @property
     def tokenizer(self) -> Tokenizer:

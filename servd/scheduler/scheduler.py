@@ -35,6 +35,7 @@ class Update:
     new_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a new token, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None
+    embedding: bytes | None = None  # little-endian float32, once a pooled prompt is computed
     first_position: int = 0  # of the tokens computed in this step
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
@@ -298,10 +299,12 @@ class Scheduler:
             update = Update(request)
             request_id = request.request_id
             if request_id in output.failed:
+                self.cache.forget_computed(request)
                 update.error = output.failed[request_id]
                 update.finish_reason = FinishReason.ERROR
             else:
                 update.prompt_logprobs = output.prompt_logprobs.get(request_id)
+                update.embedding = output.embeddings.get(request_id)
                 update.first_position = share.num_computed_before
                 num_computed = share.num_computed_after
                 if share.samples:
@@ -312,6 +315,8 @@ class Scheduler:
                 if request.status is RequestStatus.RUNNING:
                     request.num_computed_tokens += max(len(update.new_token_ids) - 1, 0)
                     self.cache.cache_full_blocks(request, num_computed)
+                    if request.pin_id is not None and update.finish_reason is FinishReason.LENGTH:
+                        self.cache.pin(request.pin_id, request)
             if update.finish_reason is not None:
                 self._finish(request, update.finish_reason)
             updates.append(update)
