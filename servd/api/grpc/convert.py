@@ -18,6 +18,7 @@ from servd.api.grpc._pb.servd.v1 import inference_pb2 as pb
 from servd.errors import InvalidRequestError, UnsupportedError
 from servd.sampling_params import SamplingParams
 
+MAX_SALT_CHARS = 256
 MAX_TOOL_CALLS = 4096  # in all messages together
 
 _OPTIONAL_FIELDS = tuple(
@@ -111,15 +112,25 @@ def prompt_from(request: pb.GenerateRequest) -> tuple[str, str | list[int]]:
             raise InvalidRequestError("prompt is not set; set text or token_ids", param="prompt")
 
 
-def chat_messages_from(messages: Sequence[pb.ChatMessage]) -> list[dict[str, Any]]:
-    """The conversation as chat templates want it. Raises InvalidRequestError naming messages[i].FIELD."""
+def salt_from(request: Any) -> str:
+    """The request's cache_salt. Raises InvalidRequestError."""
+    salt: str = request.cache_salt
+    if len(salt) > MAX_SALT_CHARS:
+        raise InvalidRequestError(
+            f"cache_salt has {len(salt)} characters; allowed: at most {MAX_SALT_CHARS}", param="cache_salt"
+        )
+    return salt
+
+
+def chat_messages_from(messages: Sequence[pb.ChatMessage], field: str) -> list[dict[str, Any]]:
+    """The conversation as chat templates want it. Raises InvalidRequestError naming FIELD[i].…"""
     check_num_messages(len(messages))
     num_calls = sum(len(message.tool_calls) for message in messages)
     if num_calls > MAX_TOOL_CALLS:
         raise InvalidRequestError(
-            f"messages have {num_calls} tool calls; allowed: {MAX_TOOL_CALLS}", param="messages"
+            f"{field} have {num_calls} tool calls; allowed: {MAX_TOOL_CALLS}", param=field
         )
-    return [_template_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    return [_template_message(message, f"{field}[{i}]") for i, message in enumerate(messages)]
 
 
 def _template_message(message: pb.ChatMessage, where: str) -> dict[str, Any]:

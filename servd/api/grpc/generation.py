@@ -24,7 +24,6 @@ from servd.errors import InvalidRequestError
 from servd.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = SamplingParams().max_tokens  # of Generate; Chat goes on to the end of the context
-MAX_SALT_CHARS = 256
 _REQUEST_ID_SHAPE = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -60,7 +59,7 @@ class GenerationCalls(pb_grpc.InferenceServicer):
             self.service.check_model(request.model)
             params = self._params(request.sampling_params, None)
             call = ChatCall(
-                convert.chat_messages_from(request.messages),
+                convert.chat_messages_from(request.messages, "messages"),
                 params,
                 tools=convert.tools_from(request),
                 tool_choice=convert.tool_choice_from(request.tool_choice),
@@ -98,7 +97,7 @@ class GenerationCalls(pb_grpc.InferenceServicer):
             request_id=request_id,
             priority=request.priority,
             timeout=context.time_remaining(),
-            cache_salt=_salt(request),
+            cache_salt=convert.salt_from(request),
             prompt_param=prompt_param,
         )
         writer = ChunkWriter(request_id, self.service.model_name, self.service.engine.tokenizer, new_reader)
@@ -122,12 +121,3 @@ class GenerationCalls(pb_grpc.InferenceServicer):
                 param="request_id",
             )
         return request.request_id
-
-
-def _salt(request: pb.GenerateRequest | pb.ChatRequest) -> str:
-    if len(request.cache_salt) > MAX_SALT_CHARS:
-        raise InvalidRequestError(
-            f"cache_salt has {len(request.cache_salt)} characters; allowed: at most {MAX_SALT_CHARS}",
-            param="cache_salt",
-        )
-    return request.cache_salt

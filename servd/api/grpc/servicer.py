@@ -1,4 +1,4 @@
-"""The calls of servd.v1.Inference, but for what generates: see proto/servd/v1/inference.proto.
+"""The calls of servd.v1.Inference, these about text and the engine's state; see proto/servd/v1/inference.proto.
 
 Knows nothing of sockets, keys or health.
 """
@@ -11,9 +11,10 @@ from servd.api.grpc import convert
 from servd.api.grpc._pb.servd.v1 import inference_pb2 as pb
 from servd.api.grpc.generation import GenerationCalls
 from servd.api.grpc.status import Context, errors_as_status
+from servd.api.grpc.stored import StoredCalls
 
 
-class InferenceServicer(GenerationCalls):
+class InferenceServicer(GenerationCalls, StoredCalls):
     """All calls."""
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse | None:

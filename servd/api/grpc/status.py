@@ -36,7 +36,7 @@ MAX_MESSAGE_BYTES = 1000
 def error_details(error: ServdError, sampling_field: str = "sampling_params") -> bytes:
     """A serialized google.rpc.Status: ErrorInfo always, BadRequest for a field, RetryInfo for an overload.
 
-    `sampling_field`: the request's field that holds the sampling parameters.
+    `sampling_field`: the request's field that holds the sampling parameters, "" if none does.
     """
     code: grpc.StatusCode = grpc.StatusCode[error.grpc_code]
     message = status_message(error)
@@ -70,7 +70,7 @@ def _shortened(text: str) -> str:
 
 
 def _field_path(param: str, sampling_field: str) -> str:
-    return f"{sampling_field}.{param}" if param in SamplingParams.__struct_fields__ else param
+    return f"{sampling_field}.{param}" if sampling_field and param in SamplingParams.__struct_fields__ else param
 
 
 async def abort_with(context: Context, error: ServdError, sampling_field: str = "sampling_params") -> None:
