@@ -113,6 +113,12 @@ class ParallelConfig:
     executor: str = flag("multiproc", "where the model runs (a file of servd/executor)")
     threads: int | None = flag(None, "compute threads of a CPU worker; default: the cores this process may use")
     max_worker_restarts: int = flag(3, "worker restarts within ten minutes before the server gives up")
+    step_timeout: float = flag(
+        120.0,
+        "a worker process that computes no step for so long is killed and restarted (the first step gets five times "
+        "as long); 0: never",
+        unit="seconds",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +199,8 @@ class EngineConfig:
         queued, restarts = scheduler.max_num_queued_reqs, self.parallel.max_worker_restarts
         _require("--max-num-queued-reqs", queued, queued >= 1, "at least 1")
         _require("--max-worker-restarts", restarts, restarts >= 0, "0 or more")
+        seconds = self.parallel.step_timeout
+        _require("--step-timeout", seconds, 0 <= seconds < float("inf"), "0 (never) or more")
         if model.max_model_len is not None:
             _require("--max-model-len", model.max_model_len, model.max_model_len >= 2, "at least 2")
         if cache.kv_cache_memory is not None:

@@ -10,6 +10,7 @@ import importlib
 import logging
 import pkgutil
 import socket
+from collections.abc import AsyncIterator
 from http import HTTPStatus
 
 from aiohttp import http_exceptions, web
@@ -24,7 +25,6 @@ from servd.api.http.context import (
     RESUMABLE_STREAMS,
     SERVER_CONFIG,
     SERVICE,
-    TLS_TASK,
     WRITE_TIMEOUT,
 )
 from servd.api.http.errors import (
@@ -158,7 +158,6 @@ def create_app(
     app[KEEP_ALIVE] = server_config.sse_keep_alive
     app[RESUMABLE_STREAMS] = ResumableStreams(server_config.resume_seconds, server_config.resume_buffer_bytes)
     app.on_shutdown.append(_close_resumable_streams)
-    app.on_cleanup.append(_stop_tls)
     app.on_response_prepare.append(add_headers)
     for route_file in discover_routes():
         app.router.add_routes(route_file)
@@ -188,12 +187,13 @@ async def start_http(
     Raises ConfigError if the address cannot be had.
     """
     app = create_app(service, server_config, keys=keys, write_timeout=write_timeout, body_timeout=body_timeout)
+    context = None
+    if (files := TlsFiles.of(server_config)) is not None:
+        tls = TlsContext(files)
+        context = tls.context
+        app.cleanup_ctx.append(lambda _: _following(tls))
     runner = _Runner(app, shutdown_timeout=SHUTDOWN_SECONDS)
     await runner.setup()
-    tls = None if (files := TlsFiles.of(server_config)) is None else TlsContext(files)
-    if tls is not None:
-        app[TLS_TASK] = asyncio.create_task(_refresh(tls), name="http-tls")
-    context = None if tls is None else tls.context
     site = web.TCPSite(runner, server_config.host, server_config.port, backlog=BACKLOG, ssl_context=context)
     try:
         await site.start()
@@ -205,15 +205,17 @@ async def start_http(
     return runner, int(runner.addresses[0][1])
 
 
-async def _refresh(tls: TlsContext) -> None:
-    while True:
-        await asyncio.sleep(RELOAD_SECONDS)
-        tls.refresh()
+async def _following(tls: TlsContext) -> AsyncIterator[None]:
+    """While the application lives, look for new certificates."""
 
+    async def refresh() -> None:
+        while True:
+            await asyncio.sleep(RELOAD_SECONDS)
+            tls.refresh()
 
-async def _stop_tls(app: web.Application) -> None:
-    if TLS_TASK in app:
-        app[TLS_TASK].cancel()
+    task = asyncio.create_task(refresh(), name="http-tls")
+    yield
+    task.cancel()
 
 
 async def stop_http(runner: web.AppRunner) -> None:

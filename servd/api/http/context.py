@@ -5,7 +5,6 @@ Knows nothing of what the values do.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 
 from aiohttp import web
@@ -20,7 +19,6 @@ SERVICE = web.AppKey("service", InferenceService)
 SERVER_CONFIG = web.AppKey("server_config", ServerConfig)
 KEYS = web.AppKey("keys", KeyRing)
 PUBLIC_ROUTES = web.AppKey("public_routes", frozenset[str])  # canonical paths of resources that need no key
-TLS_TASK = web.AppKey("tls_task", asyncio.Task[None])  # looks for new certificates
 WRITE_TIMEOUT = web.AppKey("write_timeout", float)  # seconds that a client may leave its replies unread
 KEEP_ALIVE = web.AppKey("keep_alive", float)  # seconds without an event before a comment is sent; 0: none
 RESUMABLE_STREAMS = web.AppKey("resumable_streams", ResumableStreams)
