@@ -9,6 +9,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,6 +25,14 @@ from servd.sampling_params import SamplingParams
 
 MAX_TOKENIZE_CHARS = 1 << 20  # of a text that need not fit the context
 MAX_DETOKENIZE_TOKENS = 1 << 18
+
+# Not an argument, so that every dialect's requests are found by it.
+_call_id: ContextVar[str] = ContextVar("servd_call_id", default="")
+
+
+def set_call_id(call_id: str) -> None:
+    """Called by a transport, in the task of each call: what its client knows it by, besides the ids of its answers."""
+    _call_id.set(call_id)
 
 
 class InferenceService:
@@ -124,6 +133,7 @@ class InferenceService:
             raise
         if charge is not None:
             stream.on_output = charge.take
+        self.engine.request_log.claim(request_id, tenant=caller.tenant, alias=_call_id.get())
         return stream
 
     async def embed(
@@ -201,6 +211,14 @@ class InferenceService:
     def delete_prefix(self, pin_id: str) -> None:
         """Let go of it. Raises UnknownPrefixError."""
         self.engine.pins.delete(pin_id, current_caller().tenant)
+
+    def describe_request(self, name: str) -> dict[str, Any]:
+        """Why it was slow: by the id of its answer, or the call's. Raises UnknownRequestError, also for others'."""
+        return self.engine.request_log.describe(name, current_caller().tenant)
+
+    def list_requests(self, *, state: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
+        """Ids, states and ages of the caller's tenant's requests, newest first."""
+        return self.engine.request_log.overview(current_caller().tenant, state=state, limit=limit)
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
         """Token ids of a text, which may be empty, and longer than the context. Raises InvalidRequestError."""

@@ -20,6 +20,7 @@ from servd.engine.core import EngineCore
 from servd.engine.input_processor import InputProcessor
 from servd.engine.output_processor import OutputProcessor
 from servd.engine.prefix_pins import PrefixPins
+from servd.engine.request_log import RequestLog
 from servd.engine.result_stream import ResultStream
 from servd.engine.stats import EngineStats as EngineStats
 from servd.engine.tokenizer import Tokenizer
@@ -89,6 +90,7 @@ class AsyncEngine:
         if config.model.generation_config == "auto":
             self.sampling_defaults = files.sampling_defaults()
         self.metrics = Metrics()
+        self.request_log = RequestLog()
         self.state = "starting"
         self.executor = executor or EXECUTORS.get(self.config.parallel.executor)(self.config, files)
         self.executor.config, self.executor.files = self.config, files
@@ -134,7 +136,7 @@ class AsyncEngine:
         )
         self._outputs = OutputProcessor(self.tokenizer, self.metrics)
         self._core = EngineCore(
-            Scheduler(self.config.scheduler, cache), self.executor, self.metrics,
+            Scheduler(self.config.scheduler, cache), self.executor, self.metrics, self.request_log,
             on_updates=self._take_updates, on_state=self._change_state,
             max_restarts=self.config.parallel.max_worker_restarts,
             step_timeout=self.config.parallel.step_timeout, log_steps=self._log_steps,
@@ -231,6 +233,7 @@ class AsyncEngine:
         # Answers share the prompt's blocks, unless each must compute all positions for the prompt's log-probabilities.
         shares_prompt = params.prompt_logprobs is None
         family = self._families[request_id] = _Family(list(answer_ids))
+        requests: list[Request] = []
         for index, answer_id in enumerate(answer_ids):
             request = Request(
                 answer_id, prompt_token_ids, params,
@@ -245,6 +248,9 @@ class AsyncEngine:
             self._answers[answer_id] = request_id
             outputs.add(request, index, stream)
             core.scheduler.add(request)
+            requests.append(request)
+        records = self.request_log.begin(request_id, requests)
+        stream.on_unread = lambda index, since, seconds: records[index].unread(since, seconds)
         if timeout is not None:
             error = DeadlineExceededError(f"the deadline of {timeout:g} s passed")
             loop = asyncio.get_running_loop()
@@ -331,9 +337,9 @@ class AsyncEngine:
         stopped = self.outputs.process(updates)
         for update in updates:
             if update.finish_reason is not None:
-                self._forget(update.request.request_id)
+                self._forget(update.request.request_id, update.finish_reason)
         for answer_id in stopped:
-            self._forget(answer_id)
+            self._forget(answer_id, FinishReason.STOP)
         return stopped
 
     def _change_state(self, state: str, error: ServdError | None) -> None:
@@ -355,13 +361,14 @@ class AsyncEngine:
     def _end_answers(self, answer_ids: list[str], reason: FinishReason, error: ServdError) -> None:
         for answer_id in answer_ids:
             self.outputs.finish(answer_id, reason, error)
-            self._forget(answer_id)
+            self._forget(answer_id, reason)
         for answer_id in answer_ids:  # all have been told: a scheduler that is broken can keep nobody waiting
             self.core.scheduler.finish(answer_id, reason)
         if answer_ids:
             self.core.wake()
 
-    def _forget(self, answer_id: str) -> None:
+    def _forget(self, answer_id: str, reason: FinishReason) -> None:
+        self.request_log.finish(answer_id, reason)
         request_id = self._answers.pop(answer_id, None)
         if request_id is None:
             return
