@@ -18,6 +18,7 @@ import grpc.aio
 
 from servd.api.access import KeyRing, current_caller, set_caller
 from servd.api.grpc.status import Context, abort_with
+from servd.api.service import set_call_id
 from servd.errors import ServdError
 
 HEALTH_METHODS = "/grpc.health.v1.Health/"  # probes carry no key
@@ -82,9 +83,10 @@ class Gate(grpc.aio.ServerInterceptor):
         """The method's own handler, with a log line around it, or one that refuses."""
         method, metadata = handler_call_details.method, handler_call_details.invocation_metadata
         info = CallInfo(method, _offered_request_id(metadata), time.monotonic())
+        set_call_id(info.request_id)  # interceptor and handler run in one task
         if not method.startswith(HEALTH_METHODS):
             try:
-                admit_call(self._keys, metadata)  # interceptor and handler run in one task
+                admit_call(self._keys, metadata)
             except ServdError as error:
                 return _observed(_refusal(error), info)
         handler = await continuation(handler_call_details)

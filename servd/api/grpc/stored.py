@@ -1,4 +1,4 @@
-"""Calls whose replies are whole: Embed, and those about kept prefixes.
+"""Calls whose replies are whole: Embed, and those about kept prefixes and past requests.
 
 Knows nothing of pooling, blocks and quotas.
 """
@@ -15,16 +15,19 @@ from servd.api.grpc._pb.servd.v1 import inference_pb2_grpc as pb_grpc
 from servd.api.grpc.status import Context, errors_as_status
 from servd.api.service import InferenceService
 from servd.engine.prefix_pins import DEFAULT_TTL_SECONDS, PrefixPin
+from servd.engine.request_log import MAX_FINISHED
 from servd.errors import InvalidRequestError
 from servd.sampling_params import SamplingParams
 
 MAX_INPUTS = 2048  # of one Embed
+STATES = ("waiting", "running", "finished")
+DEFAULT_RECORDS = 100
 
 _POOLINGS = {pb.POOLING_UNSPECIFIED: None, pb.POOLING_LAST: "last", pb.POOLING_MEAN: "mean", pb.POOLING_CLS: "cls"}
 
 
 class StoredCalls(pb_grpc.InferenceServicer):
-    """Embed and the prefix calls of servd.v1.Inference."""
+    """Embed, and the calls about prefixes and records, of servd.v1.Inference."""
 
     service: InferenceService
 
@@ -115,6 +118,36 @@ class StoredCalls(pb_grpc.InferenceServicer):
             self.service.delete_prefix(request.id)
             return pb.DeletePrefixResponse()
         return None
+
+    async def GetRequestRecord(
+        self, request: pb.GetRequestRecordRequest, context: Context
+    ) -> pb.RequestRecord | None:
+        """Why a request of the caller's tenant was slow."""
+        async with errors_as_status(context):
+            return _record(self.service.describe_request(request.request_id))
+        return None
+
+    async def ListRequestRecords(
+        self, request: pb.ListRequestRecordsRequest, context: Context
+    ) -> pb.ListRequestRecordsResponse | None:
+        """The tenant's requests, in short."""
+        async with errors_as_status(context):
+            if request.state not in ("", *STATES):
+                raise InvalidRequestError(
+                    f"state is {request.state[:100]!r}; allowed: {', '.join(STATES)}, or none", param="state"
+                )
+            limit = request.limit if request.HasField("limit") else DEFAULT_RECORDS
+            if not 1 <= limit <= MAX_FINISHED:
+                raise InvalidRequestError(f"limit is {limit}; allowed: 1 to {MAX_FINISHED}", param="limit")
+            found = self.service.list_requests(state=request.state or None, limit=limit)
+            return pb.ListRequestRecordsResponse(records=[_record(one) for one in found])
+        return None
+
+
+def _record(described: dict[str, Any]) -> pb.RequestRecord:
+    record = pb.RequestRecord(request_id=described["id"])
+    record.record.update(described)
+    return record
 
 
 def _prompt(message: Any, oneof: str, before: str = "") -> tuple[str, str | list[int]]:

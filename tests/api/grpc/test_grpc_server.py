@@ -91,7 +91,7 @@ def test_reflection_describes_the_service(tmp_path: Path) -> None:
             assert proto.name == "servd/v1/inference.proto"
             assert {method.name for method in proto.service[0].method} == {
                 "Generate", "Chat", "Abort", "Embed", "CreatePrefix", "ListPrefixes", "GetPrefix", "DeletePrefix",
-                "GetRequestRecord", "Tokenize", "Detokenize", "ListModels", "GetStatus",
+                "GetRequestRecord", "ListRequestRecords", "Tokenize", "Detokenize", "ListModels", "GetStatus",
             }  # fmt: skip
 
     run(test)

@@ -137,6 +137,29 @@ def test_a_wrong_prefix_is_named(case: str, tmp_path: Path) -> None:
     run(test)
 
 
+def test_a_record_tells_of_a_request(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as s:
+            call = s.stub.Generate(
+                pb.GenerateRequest(text="Hello", request_id="mine"), metadata=[("x-request-id", "call-1")]
+            )
+            chunks = [chunk async for chunk in call]
+            record = await s.stub.GetRequestRecord(pb.GetRequestRecordRequest(request_id="mine"))
+            assert (record.request_id, record.record["state"]) == ("mine", "finished")
+            by_call = await s.stub.GetRequestRecord(pb.GetRequestRecordRequest(request_id="call-1"))
+            assert (by_call.request_id, by_call.record["state"]) == ("call-1", "finished")
+            (listed,) = (await s.stub.ListRequestRecords(pb.ListRequestRecordsRequest(state="finished"))).records
+            assert listed.request_id == chunks[0].request_id == "mine"
+            assert not (await s.stub.ListRequestRecords(pb.ListRequestRecordsRequest(state="running"))).records
+            unknown = await error_of(s.stub.GetRequestRecord(pb.GetRequestRecordRequest(request_id="other")))
+            assert unknown.code() == Code.NOT_FOUND
+            for wrong, field in (({"state": "asleep"}, "state"), ({"limit": 0}, "limit"), ({"limit": 9999}, "limit")):
+                error = await error_of(s.stub.ListRequestRecords(pb.ListRequestRecordsRequest(**wrong)))
+                assert (error.code(), blamed_field(error)) == (Code.INVALID_ARGUMENT, field)
+
+    run(test)
+
+
 def test_tenants_do_not_see_each_others_prefixes_and_requests(tmp_path: Path) -> None:
     keys = {name: new_key() for name in ("ann", "bob")}
     file = tmp_path / "keys"
