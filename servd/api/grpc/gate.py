@@ -9,17 +9,18 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from servd.api.access import KeyRing, current_caller, set_caller
 from servd.api.grpc.status import Context, abort_with
 from servd.api.service import set_call_id
-from servd.errors import ServdError
+from servd.errors import InvalidRequestError, ServdError
 
 HEALTH_METHODS = "/grpc.health.v1.Health/"  # probes carry no key
 MAX_OFFERED_KEYS = 4  # each unknown one is compared with all of the key file
@@ -108,15 +109,30 @@ _KINDS = {
 
 
 def _observed(handler: Handler, info: CallInfo) -> Handler:
-    """The same handler, which is a coroutine, between the id and the log line."""
+    """The same handler, which is a coroutine, between the id and the log line.
+
+    It is handed the message's bytes: what grpc itself cannot decode it answers with UNKNOWN, and a trace in the log.
+    """
     (kind,) = [kind for kind in _KINDS if getattr(handler, kind) is not None]
     inner: Callable[[Any, Context], Awaitable[Any]] = getattr(handler, kind)
+    decode = handler.request_deserializer
+
+    async def run(request: Any, context: Context) -> Any:
+        if decode is None:
+            return await inner(request, context)
+        if handler.request_streaming:
+            return await inner(_all_decoded(decode, request), context)
+        try:
+            message = _decoded(decode, request)
+        except InvalidRequestError as error:
+            await abort_with(context, error)
+        return await inner(message, context)
 
     async def observe(request: Any, context: Context) -> Any:
         code = grpc.StatusCode.CANCELLED  # also of a deadline: the client's library ends the call for both
         try:
             await context.send_initial_metadata(((REQUEST_ID_KEY, info.request_id),))
-            reply = await inner(request, context)
+            reply = await run(request, context)
             code = grpc.StatusCode.OK
             return reply
         except grpc.aio.AbortError:
@@ -129,4 +145,16 @@ def _observed(handler: Handler, info: CallInfo) -> Handler:
                 current_caller().name, info.request_id,
             )  # fmt: skip
 
-    return _KINDS[kind](observe, handler.request_deserializer, handler.response_serializer)
+    return _KINDS[kind](observe, None, handler.response_serializer)
+
+
+async def _all_decoded(decode: Callable[[bytes], Any], requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _decoded(decode, request)
+
+
+def _decoded(decode: Callable[[bytes], Any], request: bytes) -> Any:
+    try:
+        return decode(request)
+    except DecodeError as error:
+        raise InvalidRequestError(f"the message cannot be decoded: {error}") from None
