@@ -21,6 +21,7 @@ MAX_LOGIT_BIASES = 1024
 MAX_N = 128
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 128
+POOLINGS = ("last", "mean", "cls")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -58,6 +59,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     allowed_token_ids: tuple[int, ...] | None = None  # no other token is sampled
     bad_words: tuple[str, ...] = ()  # texts that the answer never holds
     guidance: str | None = None  # a grammar that the answer follows; see servd.engine.guidance
+    pooling: str | None = None  # the prompt's hidden states become one vector (last, mean, cls); nothing is sampled
+
+    @property
+    def needs_every_position(self) -> bool:
+        """Whether all of the prompt must be computed, however much of it is cached."""
+        return self.prompt_logprobs is not None or self.pooling in ("mean", "cls")
 
     @property
     def is_constrained(self) -> bool:
@@ -85,12 +92,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             count = getattr(self, name)
             if count is not None:
                 _check_int(name, count, 0, MAX_LOGPROBS)
+        self._validate_pooling()
         self._validate_stops(vocab_size)
         self._validate_logit_bias(vocab_size)
         self._validate_constraints(vocab_size)
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 _fail(name, repr(getattr(self, name)), "true or false")
+
+    def _validate_pooling(self) -> None:
+        if self.pooling is None:
+            return
+        if self.pooling not in POOLINGS:
+            _fail("pooling", repr(self.pooling), ", ".join(POOLINGS))
+        if self.max_tokens != 0 or self.n != 1:
+            _fail("pooling", repr(self.pooling), "with max_tokens 0 and n 1")
 
     def _validate_logit_bias(self, vocab_size: int) -> None:
         biases: object = {} if self.logit_bias is None else self.logit_bias

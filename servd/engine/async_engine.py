@@ -19,7 +19,10 @@ from servd.config import EngineConfig
 from servd.engine.core import EngineCore
 from servd.engine.input_processor import InputProcessor
 from servd.engine.output_processor import OutputProcessor
+from servd.engine.prefix_pins import PrefixPins
+from servd.engine.request_log import RequestLog
 from servd.engine.result_stream import ResultStream
+from servd.engine.stats import EngineStats as EngineStats
 from servd.engine.tokenizer import Tokenizer
 from servd.errors import (
     ConfigError,
@@ -45,20 +48,6 @@ T = TypeVar("T")
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the seeds of a request's n answers
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """The engine's load at one moment."""
-
-    state: str  # starting, ready, recovering, draining or dead
-    running: int  # requests
-    waiting: int  # requests
-    kv_blocks_used: int
-    kv_blocks_cached: int
-    kv_blocks_free: int
-    num_blocks: int  # all but the null block
-    block_size: int  # tokens
 
 
 def with_max_model_len(config: EngineConfig, files: ModelFiles) -> EngineConfig:
@@ -101,6 +90,7 @@ class AsyncEngine:
         if config.model.generation_config == "auto":
             self.sampling_defaults = files.sampling_defaults()
         self.metrics = Metrics()
+        self.request_log = RequestLog()
         self.state = "starting"
         self.executor = executor or EXECUTORS.get(self.config.parallel.executor)(self.config, files)
         self.executor.config, self.executor.files = self.config, files
@@ -112,6 +102,7 @@ class AsyncEngine:
         self._core: EngineCore | None = None
         self._inputs: InputProcessor | None = None
         self._outputs: OutputProcessor | None = None
+        self._pins: PrefixPins | None = None
         self._task: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
         self._died = asyncio.Event()
@@ -145,20 +136,16 @@ class AsyncEngine:
         )
         self._outputs = OutputProcessor(self.tokenizer, self.metrics)
         self._core = EngineCore(
-            Scheduler(self.config.scheduler, cache), self.executor, self.metrics,
+            Scheduler(self.config.scheduler, cache), self.executor, self.metrics, self.request_log,
             on_updates=self._take_updates, on_state=self._change_state,
             max_restarts=self.config.parallel.max_worker_restarts,
             step_timeout=self.config.parallel.step_timeout, log_steps=self._log_steps,
         )  # fmt: skip
-        self.metrics.follow_gauges(
-            {
-                "running": lambda: self.stats().running,
-                "waiting": lambda: self.stats().waiting,
-                "used": lambda: self.stats().kv_blocks_used,
-                "cached": lambda: self.stats().kv_blocks_cached,
-                "free": lambda: self.stats().kv_blocks_free,
-            }
-        )
+        self._pins = PrefixPins(
+            cache, self.generate, block_bytes=info.block_bytes, max_model_len=self.max_model_len,
+            max_share=self.config.cache.max_pinned_share, max_tenant_share=self.config.cache.max_tenant_pinned_share,
+        )  # fmt: skip
+        self.metrics.follow_gauges(self.stats, lambda: len(self.pins))
         self._task = asyncio.create_task(self._run(), name="servd-engine")
         self.state = "ready"
 
@@ -191,6 +178,8 @@ class AsyncEngine:
 
     async def close(self) -> None:
         """Stop at once: unfinished requests get an error, the workers end. Safe to call twice."""
+        if self._pins is not None:
+            self._pins.close()
         self._end_all(FinishReason.ABORT, EngineUnavailableError("the engine was closed"))
         self.state = "dead"
         if self._task is not None:
@@ -217,12 +206,13 @@ class AsyncEngine:
         timeout: float | None = None,
         cache_salt: str = "",
         prompt_param: str = "prompt",
+        pin_id: str | None = None,
     ) -> ResultStream:
         """Check and queue a request; returns its stream of outputs.
 
-        `timeout` in seconds ends it with FinishReason.DEADLINE. `prompt_param` is what errors call the prompt.
-        Raises InvalidRequestError naming the field, EngineUnavailableError, OverloadedError. A grammar in `params` must
-        have passed `check_guidance`.
+        `timeout` in seconds ends it with FinishReason.DEADLINE. `prompt_param` is what errors call the prompt. `pin_id`
+        is for PrefixPins: max_tokens is 0 then. A grammar in `params` must have passed `check_guidance`.
+        Raises InvalidRequestError naming the field, EngineUnavailableError, OverloadedError.
         """
         core, outputs = self.core, self.outputs
         prompt_token_ids = list(prompt_token_ids)  # the caller's list may change
@@ -246,6 +236,7 @@ class AsyncEngine:
         # Answers share the prompt's blocks, unless each must compute all positions for the prompt's log-probabilities.
         shares_prompt = params.prompt_logprobs is None
         family = self._families[request_id] = _Family(list(answer_ids))
+        requests: list[Request] = []
         for index, answer_id in enumerate(answer_ids):
             request = Request(
                 answer_id, prompt_token_ids, params,
@@ -255,10 +246,14 @@ class AsyncEngine:
                 priority=priority,
                 parent_id=answer_ids[0] if index and shares_prompt else None,
                 cache_salt=cache_salt,
+                pin_id=pin_id,
             )  # fmt: skip
             self._answers[answer_id] = request_id
             outputs.add(request, index, stream)
             core.scheduler.add(request)
+            requests.append(request)
+        records = self.request_log.begin(request_id, requests)
+        stream.on_unread = lambda index, since, seconds: records[index].unread(since, seconds)
         if timeout is not None:
             error = DeadlineExceededError(f"the deadline of {timeout:g} s passed")
             loop = asyncio.get_running_loop()
@@ -289,19 +284,7 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         """Queue lengths and KV use now."""
-        scheduler = self.core.scheduler
-        pool = scheduler.cache.pool
-        cached = pool.num_cached
-        return EngineStats(
-            state=self.state,
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            kv_blocks_used=pool.num_usable - pool.num_free,
-            kv_blocks_cached=cached,
-            kv_blocks_free=pool.num_free - cached,
-            num_blocks=pool.num_usable,
-            block_size=scheduler.cache.block_size,
-        )
+        return EngineStats.read(self.state, self.core.scheduler)
 
     async def run_in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """Run work on text in a thread, so that the loop goes on meanwhile."""
@@ -329,6 +312,13 @@ class AsyncEngine:
         return self._outputs
 
     @property
+    def pins(self) -> PrefixPins:
+        """The pinned prefixes. Raises EngineUnavailableError before `start()`."""
+        if self._pins is None:
+            raise EngineUnavailableError("the engine is starting")
+        return self._pins
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises EngineUnavailableError before `start()`."""
         if self._tokenizer is None:
@@ -354,9 +344,9 @@ class AsyncEngine:
         stopped = self.outputs.process(updates)
         for update in updates:
             if update.finish_reason is not None:
-                self._forget(update.request.request_id)
+                self._forget(update.request.request_id, update.finish_reason)
         for answer_id in stopped:
-            self._forget(answer_id)
+            self._forget(answer_id, FinishReason.STOP)
         return stopped
 
     def _change_state(self, state: str, error: ServdError | None) -> None:
@@ -378,13 +368,14 @@ class AsyncEngine:
     def _end_answers(self, answer_ids: list[str], reason: FinishReason, error: ServdError) -> None:
         for answer_id in answer_ids:
             self.outputs.finish(answer_id, reason, error)
-            self._forget(answer_id)
+            self._forget(answer_id, reason)
         for answer_id in answer_ids:  # all have been told: a scheduler that is broken can keep nobody waiting
             self.core.scheduler.finish(answer_id, reason)
         if answer_ids:
             self.core.wake()
 
-    def _forget(self, answer_id: str) -> None:
+    def _forget(self, answer_id: str, reason: FinishReason) -> None:
+        self.request_log.finish(answer_id, reason)
         request_id = self._answers.pop(answer_id, None)
         if request_id is None:
             return

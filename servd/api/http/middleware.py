@@ -18,6 +18,7 @@ from servd.api.access import ANONYMOUS, set_caller
 from servd.api.http import cors
 from servd.api.http.context import ARRIVAL, CALLER, KEYS, PUBLIC_ROUTES, REQUEST_ID, SERVER_CONFIG
 from servd.api.http.errors import ForbiddenError, as_servd_error, error_response
+from servd.api.service import set_call_id
 
 MAX_OFFERED_KEYS = 4  # each unknown one is compared with all of the file
 CLIENT_CLOSED_REQUEST = 499  # nginx's number for the log line of a client that went away
@@ -32,6 +33,7 @@ async def identify_and_log(request: web.Request, handler: Handler) -> web.Stream
     offered = request.headers.get("X-Request-Id", "")
     request[REQUEST_ID] = offered if _REQUEST_ID_SHAPE.fullmatch(offered) else uuid.uuid4().hex
     request[ARRIVAL] = time.monotonic()
+    set_call_id(request[REQUEST_ID])
     status = CLIENT_CLOSED_REQUEST
     try:
         response = await handler(request)
