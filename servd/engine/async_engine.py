@@ -248,7 +248,7 @@ class AsyncEngine:
             outputs.add(request, index, stream)
             core.scheduler.add(request)
             requests.append(request)
-        records = self.request_log.begin(request_id, requests)
+        records = self.request_log.begin(request_id, requests, stream.unread_since)
         stream.on_unread = lambda index, since, seconds: records[index].unread(since, seconds)
         if timeout is not None:
             error = DeadlineExceededError(f"the deadline of {timeout:g} s passed")
