@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,15 +42,18 @@ class AnswerRecord:
     """The story of one answer. Times are time.monotonic() seconds inside, seconds since arrival outside."""
 
     __slots__ = (
-        "_gaps", "_num_gaps", "_phase", "_phase_since", "_waits_before", "arrival", "batch_max", "batch_min",
-        "batch_sum", "chunks", "created", "finish_reason", "finished_at", "first_token", "gap_waits", "index",
-        "interrupted_by", "last_token", "longest_gap", "num_cached_tokens", "num_chunks", "num_decode_steps",
-        "num_output_tokens", "num_preemptions", "num_prompt_tokens", "num_stalls", "num_steps", "num_worker_deaths",
+        "_gaps", "_num_gaps", "_phase", "_phase_since", "_unread_since", "_waits_before", "arrival", "batch_max",
+        "batch_min", "batch_sum", "chunks", "created", "finish_reason", "finished_at", "first_token", "gap_waits",
+        "index", "interrupted_by", "last_token", "longest_gap", "num_cached_tokens", "num_chunks",
+        "num_decode_steps", "num_output_tokens", "num_preemptions", "num_prompt_tokens", "num_stalls", "num_steps", "num_worker_deaths",
         "preemptions", "seconds", "stalls", "unread_seconds", "waits", "waits_for_first",
     )  # fmt: skip
 
-    def __init__(self, request: Request, index: int, waits: dict[str, float]) -> None:
+    def __init__(
+        self, request: Request, index: int, waits: dict[str, float], unread_since: Callable[[int], float | None]
+    ) -> None:
         """`waits`: seconds that the queue's head has waited so far, by cause."""
+        self._unread_since = unread_since
         self.index = index
         self.arrival = self._phase_since = request.arrival_time
         self.created = time.time() - (time.monotonic() - request.arrival_time)
@@ -220,6 +223,7 @@ class AnswerRecord:
         if self.state == "waiting":
             for cause, seconds in self._waited(now, waits).items():
                 waited[cause] = waited.get(cause, 0.0) + seconds
+        unread_since = self._unread_since(self.index)
         first = None if self.first_token is None else self.first_token - self.arrival
         return {
             "index": self.index,
@@ -248,7 +252,7 @@ class AnswerRecord:
             "num_worker_deaths": self.num_worker_deaths,
             "accepted_draft_tokens": self.num_output_tokens - self.num_decode_steps,
             "gap_seconds": {"median": self.median_gap, "max": self.longest_gap},
-            "unread_seconds": self.unread_seconds,
+            "unread_seconds": self.unread_seconds + (0.0 if unread_since is None else now - unread_since),
             "num_stalls": self.num_stalls,
             "stalls": list(self.stalls),
         }  # fmt: skip

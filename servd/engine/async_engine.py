@@ -144,6 +144,7 @@ class AsyncEngine:
         self._pins = PrefixPins(
             cache, self.generate, block_bytes=info.block_bytes, max_model_len=self.max_model_len,
             max_share=self.config.cache.max_pinned_share, max_tenant_share=self.config.cache.max_tenant_pinned_share,
+            claim=self.request_log.claim,
         )  # fmt: skip
         self.metrics.follow_gauges(self.stats, lambda: len(self.pins))
         self._task = asyncio.create_task(self._run(), name="servd-engine")
@@ -178,14 +179,14 @@ class AsyncEngine:
 
     async def close(self) -> None:
         """Stop at once: unfinished requests get an error, the workers end. Safe to call twice."""
-        if self._pins is not None:
-            self._pins.close()
         self._end_all(FinishReason.ABORT, EngineUnavailableError("the engine was closed"))
         self.state = "dead"
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self.executor.close()
+        if self._pins is not None:
+            self._pins.close()
         self._text_threads.shutdown(wait=False)
         if self._inputs is not None:
             self._inputs.close()
@@ -252,7 +253,7 @@ class AsyncEngine:
             outputs.add(request, index, stream)
             core.scheduler.add(request)
             requests.append(request)
-        records = self.request_log.begin(request_id, requests)
+        records = self.request_log.begin(request_id, requests, stream.unread_since)
         stream.on_unread = lambda index, since, seconds: records[index].unread(since, seconds)
         if timeout is not None:
             error = DeadlineExceededError(f"the deadline of {timeout:g} s passed")

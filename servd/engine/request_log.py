@@ -57,10 +57,15 @@ class RequestLog:
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    def begin(self, request_id: str, requests: list[Request]) -> list[AnswerRecord]:
-        """A request's answers were queued; returns their records, by index."""
+    def begin(
+        self, request_id: str, requests: list[Request], unread_since: Callable[[int], float | None]
+    ) -> list[AnswerRecord]:
+        """A request's answers were queued; returns their records, by index.
+
+        `unread_since`: since when the client has left news of an answer unread (None: it has not).
+        """
         waits = self._waits_now()
-        records = [AnswerRecord(request, index, dict(waits)) for index, request in enumerate(requests)]
+        records = [AnswerRecord(request, index, dict(waits), unread_since) for index, request in enumerate(requests)]
         call = _Call(request_id, records)
         for request, record in zip(requests, records, strict=True):
             self._live[request.request_id] = (call, record)

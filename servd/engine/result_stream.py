@@ -61,6 +61,10 @@ class ResultStream:
         self._fetched(index)
         return self._pending.pop(index)
 
+    def unread_since(self, index: int) -> float | None:
+        """Since when news of an answer waits to be fetched (time.monotonic()); None: nothing does."""
+        return self._since.get(index)
+
     def _fetched(self, index: int) -> None:
         since = self._since.pop(index)
         seconds = time.monotonic() - since

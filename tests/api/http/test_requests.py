@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -96,5 +98,30 @@ def test_other_tenants_see_nothing(tmp_path: Path) -> None:
                 service.describe_request("r")
             assert service.list_requests() == []
             assert (await served.request("GET", f"{REQUESTS}/r")).status == 404
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_reads_its_stream_late_is_to_blame(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serve(tmp_path, max_position_embeddings=20_000, num_blocks=2000) as served:
+            # Log-probabilities make its events far larger than what the socket buffers hold.
+            body = json.dumps({"prompt": "x", "max_tokens": 15_000, "stream": True, "logprobs": 20}).encode()
+            head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: late\r\n"
+            client = socket.socket()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", served.port))
+            reader, writer = await asyncio.open_connection(sock=client, limit=2048)
+            writer.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            await served.fake.wait_until(lambda: served.engine.stats().running == 1)
+            await served.fake.wait_idle(seconds=30)
+            await asyncio.sleep(0.1)
+            received = bytearray()
+            while not received.endswith(b"\r\n0\r\n\r\n"):
+                received = received[-16:] + await reader.read(1 << 20)
+            writer.close()
+            (answer,) = (await served.request("GET", f"{REQUESTS}/late")).json()["answers"]
+            assert (answer["finish_reason"], answer["stalls"][-1]["cause"]) == ("length", "client_not_reading")
+            assert answer["unread_seconds"] > 0.1
 
     asyncio.run(scenario())

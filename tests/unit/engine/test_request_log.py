@@ -198,6 +198,7 @@ def test_a_client_that_does_not_read_is_named(tmp_path: Path) -> None:
         async with fake.engine.generate([1, 2, 3], params, request_id="r") as stream:
             await anext(stream)
             await asyncio.sleep(0.1)
+            assert record(fake, "r")["unread_seconds"] > 0.09  # and counting
             async for _ in stream:
                 pass
         return record(fake, "r")
@@ -267,7 +268,7 @@ def test_a_prompt_only_request_and_an_aborted_one_end(tmp_path: Path) -> None:
 
 def add(log: RequestLog, name: str, n: int = 1) -> None:
     params = SamplingParams(n=n)
-    log.begin(name, [Request(f"{name}#{i}", [1], params, max_model_len=9) for i in range(n)])
+    log.begin(name, [Request(f"{name}#{i}", [1], params, max_model_len=9) for i in range(n)], lambda _: None)
 
 
 def end(log: RequestLog, name: str, n: int = 1) -> None:
