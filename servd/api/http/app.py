@@ -18,6 +18,7 @@ from servd.api.http import routes
 from servd.api.http.context import BODY_TIMEOUT, SERVER_CONFIG, SERVICE, WRITE_TIMEOUT
 from servd.api.http.errors import BadHTTPError, as_servd_error, error_response
 from servd.api.http.middleware import add_headers, check_access, errors_as_json, identify_and_log
+from servd.api.http.openapi import API_DOCUMENT, ApiDocument, Endpoint
 from servd.api.service import InferenceService
 from servd.config import ServerConfig
 from servd.errors import ConfigError, ServdError
@@ -113,12 +114,13 @@ def create_app(
     app[WRITE_TIMEOUT] = write_timeout
     app[BODY_TIMEOUT] = body_timeout
     app.on_response_prepare.append(add_headers)
-    for route_file in discover_routes():
-        app.router.add_routes(route_file)
+    endpoints = [endpoint for route_file in discover_routes() for endpoint in route_file]
+    app.router.add_routes(endpoints)
+    app[API_DOCUMENT] = ApiDocument(endpoints)
     return app
 
 
-def discover_routes() -> list[list[web.RouteDef]]:
+def discover_routes() -> list[list[Endpoint]]:
     """`ROUTES` of each file in the routes folder: a new endpoint is a new file there."""
     names = sorted(module.name for module in pkgutil.iter_modules(routes.__path__))
     return [importlib.import_module(f"{routes.__name__}.{name}").ROUTES for name in names]

@@ -20,7 +20,8 @@ from servd.api.http.context import ARRIVAL, CALLER, REQUEST_ID, SERVER_CONFIG
 from servd.api.http.errors import ForbiddenError, as_servd_error, error_response
 from servd.errors import AuthenticationError
 
-PUBLIC_ROUTE = "/health"  # probes carry no key
+# Probes carry no key; pages and their files hold no data, and must be there to ask for the key.
+PUBLIC_ROUTES = frozenset(("/health", "/", "/docs", "/web/{name}"))
 CLIENT_CLOSED_REQUEST = 499  # nginx's number for the log line of a client that went away
 
 _REQUEST_ID_SHAPE = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -80,7 +81,7 @@ async def check_access(request: web.Request, handler: Handler) -> web.StreamResp
     # Judged by the route that will run, never by a URL that the Host header had a part in.
     resource = request.match_info.route.resource
     if config.api_key is not None:
-        if resource is None or resource.canonical != PUBLIC_ROUTE:
+        if resource is None or resource.canonical not in PUBLIC_ROUTES:
             _check_key(request.headers.get("Authorization", ""), config.api_key)
     elif _is_this_machine(config.host):
         _check_origin(request)

@@ -10,7 +10,9 @@ from aiohttp import web
 
 from servd import __version__
 from servd.api.http.context import SERVICE
+from servd.api.http.openapi import Endpoint, Operation
 from servd.api.http.replies import json_reply
+from servd.api.http.reply_types import Health, Version
 
 
 async def health(request: web.Request) -> web.Response:
@@ -28,4 +30,7 @@ async def version(_: web.Request) -> web.Response:
     return json_reply({"version": __version__})
 
 
-ROUTES = [web.get("/health", health), web.get("/version", version)]
+ROUTES = [
+    Endpoint("GET", "/health", health, Operation("Probe", reply=Health, replies={503: Health}, public=True)),
+    Endpoint("GET", "/version", version, Operation("The server's version", reply=Version)),
+]
