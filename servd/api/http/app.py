@@ -14,13 +14,15 @@ from http import HTTPStatus
 
 from aiohttp import web
 
+from servd import __version__
 from servd.api.http import routes
-from servd.api.http.context import BODY_TIMEOUT, SERVER_CONFIG, SERVICE, WRITE_TIMEOUT
+from servd.api.http.context import BODY_TIMEOUT, ENGINE_FEED, SERVER_CONFIG, SERVICE, WRITE_TIMEOUT
 from servd.api.http.errors import BadHTTPError, as_servd_error, error_response
 from servd.api.http.middleware import add_headers, check_access, errors_as_json, identify_and_log
 from servd.api.http.openapi import API_DOCUMENT, ApiDocument, Endpoint
 from servd.api.service import InferenceService
 from servd.config import ServerConfig
+from servd.engine.observer import EngineFeed, EngineObserver
 from servd.errors import ConfigError, ServdError
 
 KEEPALIVE_SECONDS = 75.0  # also what a client has to send the head of a request
@@ -117,6 +119,7 @@ def create_app(
     endpoints = [endpoint for route_file in discover_routes() for endpoint in route_file]
     app.router.add_routes(endpoints)
     app[API_DOCUMENT] = ApiDocument(endpoints)
+    app[ENGINE_FEED] = EngineFeed(EngineObserver(service.engine, service.model_name, __version__))
     return app
 
 

@@ -13,7 +13,7 @@ from typing import Final
 
 from aiohttp import web
 
-from servd.errors import NotFoundError
+from servd.api.http.errors import UnknownPathError
 
 # Nothing from elsewhere, nothing inline, no frames around or within, no form that leaves: what a model writes can at
 # most be shown.
@@ -55,10 +55,10 @@ def asset_names() -> list[str]:
 
 
 def send_asset(request: web.Request, name: str) -> web.Response:
-    """The file, or 304 to who has it. Names are looked up, never opened. Raises NotFoundError."""
+    """The file, or 304 to who has it. Names are looked up, never opened. Raises UnknownPathError."""
     asset = _assets().get(name)
     if asset is None:
-        raise NotFoundError("this server has no such file")
+        raise UnknownPathError("this server has no such file")
     response = send_cached(request, asset.data, asset.content_type, asset.etag)
     response.headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
     response.headers["Referrer-Policy"] = "no-referrer"

@@ -13,9 +13,11 @@ from servd import __version__
 from servd.api.access import Caller
 from servd.api.service import InferenceService
 from servd.config import ServerConfig
+from servd.engine.observer import EngineFeed
 
 SERVICE = web.AppKey("service", InferenceService)
 SERVER_CONFIG = web.AppKey("server_config", ServerConfig)
+ENGINE_FEED = web.AppKey("engine_feed", EngineFeed)
 WRITE_TIMEOUT = web.AppKey("write_timeout", float)  # seconds that a client may leave its replies unread
 BODY_TIMEOUT = web.AppKey("body_timeout", float)  # seconds that a body may take to arrive
 REQUEST_ID = web.RequestKey("request_id", str)
