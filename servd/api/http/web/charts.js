@@ -13,7 +13,7 @@ export function drawSteps(canvas, steps) {
   const scale = (height - 14) / Math.sqrt(highest);
   context.font = "11px system-ui";
   context.fillStyle = color("muted");
-  context.fillText(`${highest} tokens`, 2, 10);
+  context.fillText(shown.length ? `${highest} tokens` : "no steps yet", 2, 10);
   let x = width - shown.length * (bar + 1);
   const colors = [color("decode"), color("right"), color("wrong"), color("prefill")];
   for (const step of shown) {
