@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from playwright.async_api import Page, async_playwright
+from playwright.async_api import Page, async_playwright, expect
 
 from tests.api.http.serving import Served
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or "chromium"
 WAIT_MS = 15_000  # a bound on hangs
+expect.set_options(timeout=WAIT_MS)
 
 
 @asynccontextmanager
@@ -51,4 +52,4 @@ async def ask(page: Page, text: str) -> None:
 
 async def answered(page: Page) -> None:
     """Wait until nothing is being streamed."""
-    await page.wait_for_function("!document.querySelector('[aria-busy=true]')")
+    await expect(page.locator("[aria-busy=true]")).to_have_count(0)

@@ -12,7 +12,8 @@ from tests.web.browser import open_page
 
 def test_operations_are_listed_filtered_explained_and_tried(tmp_path: Path) -> None:
     async def main() -> None:
-        async with serve(tmp_path, replies={"Hello": "fine"}) as served, open_page(served, "/docs") as page:
+        fakes = {"replies": {"Hello": "fine"}}
+        async with serve(tmp_path, **fakes) as served, open_page(served, "/docs", expects=("400",)) as page:
             paths = (await served.request("GET", "/openapi.json")).json()["paths"]
             await expect(page.locator(".operation")).to_have_count(sum(len(methods) for methods in paths.values()))
             await page.keyboard.press("/")

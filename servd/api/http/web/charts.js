@@ -103,7 +103,7 @@ export function quantile(bounds, counts, share) {
 export function drawMap(canvas, kv) {
   const bytes = Uint8Array.from(atob(kv.map), (char) => char.charCodeAt(0));
   const width = canvas.clientWidth;
-  const size = kv.cells > 2000 ? 5 : kv.cells > 600 ? 7 : 10;
+  const size = kv.cells > 2000 ? 4 : kv.cells > 600 ? 7 : 10;
   const columns = Math.max(1, Math.floor(width / size));
   canvas.style.height = `${Math.ceil(kv.cells / columns) * size}px`;
   const { context } = clearedCanvas(canvas);

@@ -28,12 +28,13 @@ function draw() {
   const groups = new Map();
   for (const [path, methods] of Object.entries(spec.paths)) {
     for (const [method, operation] of Object.entries(methods)) {
-      const name = /^\/(v\d+\/?[^/]*|[^/]+)/.exec(path)?.[0] ?? path;
+      const name = /^\/v\d+(?=\/)/.exec(path)?.[0] ?? "Server";
       if (!groups.has(name)) groups.set(name, []);
       groups.get(name).push(show(path, method.toUpperCase(), operation));
     }
   }
-  box.replaceChildren(...[...groups].map(([name, shown]) =>
+  const last = (name) => name === "Server";
+  box.replaceChildren(...[...groups].sort(([a], [b]) => last(a) - last(b)).map(([name, shown]) =>
     element("section", {}, element("h2", { className: "group" }, name), ...shown)));
 }
 

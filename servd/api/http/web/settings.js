@@ -10,11 +10,11 @@ const FIELDS = [
   { name: "top_k", label: "Top k", kind: "integer", min: 0, hint: "0 keeps all" },
   { name: "min_p", label: "Min p", kind: "number", min: 0, max: 1, step: 0.01 },
   { name: "max_tokens", label: "Max tokens", kind: "integer", min: 1 },
-  { name: "seed", label: "Seed", kind: "integer", hint: "same seed, same answer" },
+  { name: "seed", label: "Seed", kind: "integer", hint: "to repeat" },
   { name: "frequency_penalty", label: "Frequency penalty", kind: "number", min: -2, max: 2, step: 0.1 },
   { name: "presence_penalty", label: "Presence penalty", kind: "number", min: -2, max: 2, step: 0.1 },
   { name: "stop", label: "Stop strings", kind: "text", rows: 2, hint: "one a line" },
-  { name: "schema", label: "JSON schema of the answer", kind: "text", rows: 4, mono: true, hint: "the answer will follow it" },
+  { name: "schema", label: "JSON schema of the answer", kind: "text", rows: 4, mono: true, hint: "followed strictly" },
   { name: "extra", label: "More fields, as JSON", kind: "text", rows: 2, mono: true, hint: 'as {"min_tokens": 20}' },
 ];
 
