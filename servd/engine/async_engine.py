@@ -36,8 +36,9 @@ from servd.metrics import Metrics
 from servd.outputs import WorkerInfo
 from servd.request import FinishReason, Request
 from servd.sampling_params import SamplingParams
+from servd.scheduler.plan import Update
 from servd.scheduler.policies import POLICIES
-from servd.scheduler.scheduler import Scheduler, Update
+from servd.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger("servd.engine")
 

@@ -14,7 +14,7 @@ from servd.errors import RequestFailedError, ServdError
 from servd.metrics import Metrics
 from servd.outputs import RequestOutput, TokenLogprobs
 from servd.request import FinishReason, Request
-from servd.scheduler.scheduler import Update
+from servd.scheduler.plan import Update
 
 
 class _AnswerState:
