@@ -53,6 +53,16 @@ class InputProcessor:
         if not isinstance(request_id, str) or not is_utf8(request_id):
             raise InvalidRequestError(f"request_id is {request_id!r}; allowed: valid Unicode", param="request_id")
 
+    def check_beams(self, params: SamplingParams, max_num_seqs: int) -> None:
+        """Raise if a search has more beams than requests can run at once: some would wait in each of its steps."""
+        if params.use_beam_search and params.num_sequences > max_num_seqs:
+            field = "n" if params.best_of is None else "best_of"
+            raise InvalidRequestError(
+                f"{field} is {params.num_sequences}; allowed with use_beam_search: at most --max-num-seqs "
+                f"({max_num_seqs})",
+                param=field,
+            )
+
     def encode_chat(
         self,
         messages: list[dict[str, Any]],
