@@ -121,7 +121,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                     _fail(name, repr(getattr(self, name)), f"{default!r}, unless use_beam_search is true")
             return
         if 2 * self.num_sequences > vocab_size:
-            _fail("n" if self.best_of is None else "best_of", self.num_sequences, f"at most {vocab_size // 2} beams with this vocabulary")
+            name = "n" if self.best_of is None else "best_of"
+            _fail(name, self.num_sequences, f"at most {vocab_size // 2} beams with this vocabulary")
         if self.max_tokens == 0:
             _fail("max_tokens", 0, "at least 1 with use_beam_search")
         for name, neutral in _NEUTRAL_FOR_BEAMS.items():

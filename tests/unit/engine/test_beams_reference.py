@@ -1,4 +1,4 @@
-"""Beam search over a tiny Llama in float32 finds what `transformers` finds, whatever else runs and however it is cut."""
+"""Beam search over a tiny Llama in float32 finds what `transformers` finds, whatever runs beside it."""
 
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ def test_the_sequences_are_those_of_transformers(
     "settings",
     [
         {"block_size": 1}, {"block_size": 16}, {"block_size": 4, "max_num_batched_tokens": 5, "max_num_seqs": 5},
-        {"block_size": 4, "enable_prefix_caching": False}, {"block_size": 4, "kv_cache_memory": 15 * 2048, "max_model_len": 48},
+        {"block_size": 4, "enable_prefix_caching": False},
+        {"block_size": 4, "kv_cache_memory": 15 * 2048, "max_model_len": 48},
         {"block_size": 4, "max_num_seqs": 4},
     ],
 )  # fmt: skip
