@@ -13,6 +13,8 @@ from servd.api.chat.call import Tool
 
 # One way to write a value: with free white space a small model can go on with blanks for ever.
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Keywords by which an object may have properties that are not listed beside them.
+_OPENS = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
 NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -27,8 +29,11 @@ def json_term(schema: Mapping[str, Any], *, is_strict: bool) -> str:
 
 
 def arguments_term(tool: Tool) -> str:
-    """The term of a tool's arguments as a JSON object."""
-    return json_term(tool.parameters or NO_ARGUMENTS, is_strict=tool.strict)
+    """The term of a tool's arguments as a JSON object, without any that its schema does not name."""
+    schema = tool.parameters or NO_ARGUMENTS
+    if "properties" in schema and not schema.keys() & _OPENS:
+        schema = {**schema, "additionalProperties": False}
+    return json_term(schema, is_strict=tool.strict)
 
 
 def json_call_rules(tools: Sequence[Tool], arguments_key: str) -> str:
