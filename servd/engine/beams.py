@@ -121,7 +121,7 @@ class BeamState:
         return self._score(self.beams[0].logprob, farthest) <= self.complete[-1].score
 
     def _score(self, logprob: float, length: int) -> float:
-        return logprob / float(length) ** self.length_penalty
+        return logprob / float(length**self.length_penalty)
 
 
 def _entry(alternatives: TokenLogprobs, rank: int, num_top: int) -> TokenLogprobs:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from servd.api.http.messages import ChatMessage
 from servd.api.http.schema.checks import check_range, renamed
 from servd.api.http.schema.generation import GenerationRequest
-from servd.errors import InvalidRequestError
+from servd.errors import InvalidRequestError, UnsupportedError
 from servd.sampling_params import MAX_LOGPROBS, SamplingParams
 
 Scalar = str | int | float | bool | None
@@ -76,6 +76,8 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
     def check(self) -> None:
         """See GenerationRequest.check."""
         GenerationRequest.check(self)
+        if self.stream and self.prompt_logprobs is not None:
+            raise UnsupportedError("prompt_logprobs is set; allowed only with stream: false", param="prompt_logprobs")
         if self.top_logprobs is not None:
             check_range("top_logprobs", self.top_logprobs, 0, MAX_LOGPROBS)
             if not self.logprobs:
