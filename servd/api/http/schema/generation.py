@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
+from servd.api.http.schema.answer_format import ResponseFormat, StructuredOutputs
 from servd.api.http.schema.checks import (
     check_count,
     check_length,
@@ -94,6 +95,13 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     use_beam_search: bool = False
     length_penalty: float | None = None
     early_stopping: bool | Literal["never"] | None = None
+    # the form of the answer: one of these
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     # scheduling and form of the reply
     priority: int = 0
     cache_salt: str | None = None
