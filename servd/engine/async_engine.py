@@ -149,7 +149,7 @@ class AsyncEngine:
             await self.close()
             raise
         self._info = info
-        self._inputs = InputProcessor(self.tokenizer, self.max_model_len)
+        self._inputs = InputProcessor(self.tokenizer, self.max_model_len, self.files.folder / "tokenizer.json")
         cache = KVCacheManager(
             info.num_blocks, self.config.cache.block_size, enable_prefix_caching=self.config.cache.enable_prefix_caching
         )
@@ -209,6 +209,8 @@ class AsyncEngine:
             await asyncio.gather(self._task, return_exceptions=True)
         await self.executor.close()
         self._text_threads.shutdown(wait=False)
+        if self._inputs is not None:
+            self._inputs.close()
 
     async def wait_dead(self) -> None:
         """Return when the engine has failed for good; a server should then exit and be restarted from outside."""
@@ -230,13 +232,15 @@ class AsyncEngine:
         """Check and queue a request; returns its stream of outputs.
 
         `timeout` in seconds ends it with FinishReason.DEADLINE. `prompt_param` is what errors call the prompt.
-        Raises InvalidRequestError naming the field, EngineUnavailableError, OverloadedError.
+        Raises InvalidRequestError naming the field, EngineUnavailableError, OverloadedError. A grammar in `params` must
+        have passed `check_guidance`.
         """
         core, outputs = self.core, self.outputs
         prompt_token_ids = list(prompt_token_ids)  # the caller's list may change
         self.inputs.check(len(prompt_token_ids), params, prompt_param=prompt_param)
         self.inputs.check_token_ids(prompt_token_ids, prompt_param)
         self.inputs.check_request_id(request_id)
+        self.inputs.require_checked_guidance(params)
         if priority and not core.scheduler.policy.uses_priority:
             raise UnsupportedError(
                 f"priority is {priority}; allowed: 0, unless the server runs with --scheduling-policy priority",
@@ -274,6 +278,10 @@ class AsyncEngine:
             family.timer = loop.call_later(max(timeout, 0.0), self._end, request_id, FinishReason.DEADLINE, error)
         core.wake()
         return stream
+
+    async def check_guidance(self, params: SamplingParams, *, param: str = "guidance") -> None:
+        """Raise InvalidRequestError, blaming `param`, unless answers can follow the grammar that `params` may have."""
+        await self.inputs.check_guidance(params, param)
 
     def check_room(self, n: int = 1) -> None:
         """Raise OverloadedError if `n` more answers find the queue full, EngineUnavailableError if none are taken now.

@@ -66,5 +66,6 @@ class Plan:
             NewRequestData(
                 request.request_id, request.all_token_ids(), request.num_prompt_tokens, params, request.seed,
                 stop_ids, block_ids, request.max_total_tokens,
+                sorted(request.eos_token_ids) if params.is_constrained else [],
             )
         )  # fmt: skip

@@ -335,12 +335,15 @@ class Scheduler:
                 update.first_position = share.num_computed_before
                 num_computed = share.num_computed_after
                 if share.samples:
-                    self._append_tokens(update, sampled[request_id], output.logprobs.get(request_id, []))
+                    token_ids = sampled.get(request_id, [])
+                    assert token_ids or request.sampling_params.is_constrained, f"{request} got no token"
+                    self._append_tokens(update, token_ids, output.logprobs.get(request_id, []))
                     num_computed = request.num_tokens - 1  # right drafts were computed, wrong ones count for nothing
                 elif share.num_computed_after >= request.max_total_tokens:
                     update.finish_reason = FinishReason.LENGTH  # max_tokens is 0: only the prompt was wanted
                 if request.status is RequestStatus.RUNNING:
-                    request.num_computed_tokens += max(len(update.new_token_ids) - 1, 0)
+                    if share.samples:  # one token was foreseen; with none, the last is computed again for its logits
+                        request.num_computed_tokens += len(update.new_token_ids) - 1
                     self.cache.cache_full_blocks(request, num_computed)
             if update.finish_reason is not None:
                 self._finish(request, update.finish_reason)
@@ -366,6 +369,8 @@ class Scheduler:
 
     def _ends_with(self, request: Request, token_id: int) -> bool:
         params = request.sampling_params
+        if params.guidance is not None and token_id in request.eos_token_ids:
+            return True  # sampled only where the grammar is complete
         is_end = token_id in request.eos_token_ids and not params.ignore_eos
         return (is_end or token_id in params.stop_token_ids) and len(request.output_token_ids) >= params.min_tokens
 

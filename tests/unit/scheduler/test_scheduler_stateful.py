@@ -23,15 +23,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching=st.booleans(),
         threshold=st.sampled_from([0, 5]),
         drafts=st.sampled_from([0, 1, 4, 20]),
+        share_deferred=st.sampled_from([0.2, 0.7]),
     )
-    def start(self, num_tokens, block, max_num_seqs, policy, budget, caching, threshold, drafts):
+    def start(self, num_tokens, block, max_num_seqs, policy, budget, caching, threshold, drafts, share_deferred):
         num_blocks = -(-num_tokens // block) + 1  # of 256 tokens, just one that can be used
         config = SchedulerConfig(
             max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, scheduling_policy=policy,
             long_prefill_token_threshold=threshold, num_speculative_tokens=drafts,
         )  # fmt: skip
         self.scheduler = Scheduler(config, KVCacheManager(num_blocks, block, enable_prefix_caching=caching))
-        self.worker = WorkerModel(block)
+        self.worker = WorkerModel(block, share_deferred)
         self.results = []
         self.everyone: dict[str, Request] = {}
         self.ended: dict[str, FinishReason] = {}
@@ -40,12 +41,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         kind=st.integers(0, 2), length=st.integers(1, 30), max_tokens=st.integers(0, 12), n=st.integers(1, 3),
-        priority=st.integers(0, 2), stop=st.booleans(),
+        priority=st.integers(0, 2), stop=st.booleans(), constrained=st.booleans(),
     )  # fmt: skip
-    def add(self, kind, length, max_tokens, n, priority, stop):
+    def add(self, kind, length, max_tokens, n, priority, stop, constrained):
         prompt = [(kind * 13 + i * kind) % 90 for i in range(min(length, self.longest - max_tokens))]
         stop_ids = tuple(expected_tokens(prompt, 5)[4:]) if stop else ()
-        params = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_ids)
+        allowed = tuple(range(97)) if constrained else None  # all there are: such requests are deferred now and then
+        params = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_ids, allowed_token_ids=allowed)
         names = [f"r{len(self.everyone) + i}" for i in range(n)]
         for name in names:
             request = Request(
@@ -121,7 +123,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for update in self.scheduler.recover(workers_lost=lost):
             self.ended[update.request.request_id] = update.finish_reason
         if lost:
-            self.worker = WorkerModel(self.worker.block_size)
+            self.worker = WorkerModel(self.worker.block_size, self.worker.share_deferred)
 
     @invariant()
     def what_is_findable_was_written(self):

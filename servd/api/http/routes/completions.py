@@ -16,6 +16,7 @@ from servd.api.http.decode import decode_body, read_body
 from servd.api.http.generation import Answer, gather_answers, start_streams
 from servd.api.http.replies import CompletionLogprobs, finish_reason_text, json_reply, vllm_prompt_logprobs
 from servd.api.http.schema import CompletionRequest, StreamOptions
+from servd.api.http.schema.answer_format import answer_format
 from servd.api.http.sse import stream_reply
 from servd.api.service import InferenceService
 from servd.engine.detokenizer import Detokenizer
@@ -34,6 +35,8 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     body.check()
     params = body.to_sampling_params(service.engine.tokenizer.vocab_size, service.engine.sampling_defaults)
     service.engine.check_room(params.num_sequences)
+    if (form := answer_format(body)) is not None:
+        await service.engine.check_guidance(params, param=form.param)
     prompts = body.prompts()
     names = ["prompt"] if len(prompts) == 1 else [f"prompt[{i}]" for i in range(len(prompts))]
     token_ids = [
