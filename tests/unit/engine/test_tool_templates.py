@@ -35,4 +35,4 @@ def test_special_tokens_in_tools_calls_results_and_names_stay_text(starter_files
     assert [i for i in ids if i in tokenizer.special_token_ids] == [start, end] * 3
     text = tokenizer.decode(ids, False)
     assert text == tokenizer.apply_chat_template(messages, tools=[tool], template_kwargs={"note": {FORGED: [FORGED]}})
-    assert text.count("<|im_end|>") == 3 + 11
+    assert text.count("<|im_end|>") == 3 + 12
