@@ -130,7 +130,7 @@ def answer_guidance(call: ChatCall, formats: ChatFormats, prompt_end: str) -> tu
     """
     tools = callable_tools(call)
     choice = call.tool_choice
-    wanted = None if call.answer_format is None else _format_text(call.answer_format)
+    wanted = None if call.answer_format is None else format_text(call.answer_format)
     if tools and (choice.mode == "required" or not choice.parallel or wanted or any(tool.strict for tool in tools)):
         assert formats.tool_parser is not None, "the caller has refused tools"
         grammar = formats.tool_parser.grammar(tools, formats.marker)
@@ -203,7 +203,8 @@ def _thought(formats: ChatFormats, prompt_end: str) -> tuple[str, str] | None:
     return f"({formats.marker(opening)} servd_thought)?", "\n".join(rules)
 
 
-def _format_text(wanted: AnswerFormat) -> str:
+def format_text(wanted: AnswerFormat) -> str:
+    """The grammar of an answer of this form."""
     match wanted.kind:
         case "json_object":
             return guidance.from_json_schema(guidance.ANY_JSON_OBJECT)

@@ -17,7 +17,7 @@ from servd.api.http.schema.answer_format import ResponseFormat, StructuredOutput
 from servd.api.http.schema.chat_tools import NamedToolChoice, ToolDefinition, tool_choice_of, tools_of
 from servd.api.http.schema.checks import check_count, check_range, renamed
 from servd.api.http.schema.generation import GenerationRequest
-from servd.errors import InvalidRequestError
+from servd.errors import InvalidRequestError, UnsupportedError
 from servd.sampling_params import MAX_LOGPROBS, SamplingParams
 
 MAX_TEMPLATE_VALUES = 10_000  # numbers, texts, lists and objects in chat_template_kwargs, and in documents
@@ -91,6 +91,8 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
     def check(self) -> None:
         """See GenerationRequest.check."""
         GenerationRequest.check(self)
+        if self.stream and self.prompt_logprobs is not None:
+            raise UnsupportedError("prompt_logprobs is set; allowed only with stream: false", param="prompt_logprobs")
         if self.top_logprobs is not None:
             check_range("top_logprobs", self.top_logprobs, 0, MAX_LOGPROBS)
             if not self.logprobs:
