@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from datetime import datetime
 from typing import Any
 
@@ -26,7 +26,7 @@ TEMPLATE_FILE = "chat_template.jinja"
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 MAX_ERROR_CHARS = 500
 MAX_RENDER_SECONDS = 2.0  # of a thread's CPU time; a long conversation takes some milliseconds
-MAX_REPEATED_CHARS = 1 << 20  # what "*" makes of a string or list
+MAX_PRODUCT = 1 << 20  # characters, items or bits that "*" and "**" may make
 END_OF_MESSAGE = "\U0010ffff"  # a noncharacter: marks where an unfinished message ends
 _STEP = "servd_step"  # called at each turn of a template's loops
 
@@ -47,11 +47,13 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**"))
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" or not all(isinstance(value, (int, float)) for value in (left, right)):
-            sizes = [len(value) for value in (left, right) if hasattr(value, "__len__")]
-            counts = [value for value in (left, right) if isinstance(value, int)]
-            if operator == "**" or max(sizes, default=0) * max(counts, default=0) > MAX_REPEATED_CHARS:
-                raise jinja2.TemplateError(f"{operator!r} on large values is not allowed")
+        sizes = [value.bit_length() if isinstance(value, int) else _length(value) for value in (left, right)]
+        if isinstance(right, int) and not isinstance(left, float) and (operator == "**" or _length(left)):
+            size = sizes[0] * right
+        else:
+            size = sizes[1] * left if isinstance(left, int) and _length(right) else sum(sizes)
+        if size > MAX_PRODUCT:
+            raise jinja2.TemplateError(f"{operator!r} on values as large as these is not allowed")
         return super().call_binop(context, operator, left, right)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
@@ -64,6 +66,10 @@ class _Environment(ImmutableSandboxedEnvironment):
             step = jinja2.nodes.Call(jinja2.nodes.Name(_STEP, "load"), [], [], None, None)
             loop.body.insert(0, jinja2.nodes.ExprStmt(step).set_lineno(loop.lineno))
         return tree
+
+
+def _length(value: object) -> int:
+    return len(value) if isinstance(value, Sized) else 0
 
 
 class _Clock:
