@@ -38,8 +38,8 @@ from servd.api.http.errors import (
 )
 from servd.api.http.event_stream import resume_streams
 from servd.api.http.middleware import add_headers, check_access, errors_as_json, identify_and_log
-from servd.api.http.resumable_streams import ResumableStreams
 from servd.api.http.openapi import API_DOCUMENT, ApiDocument, Endpoint
+from servd.api.http.resumable_streams import ResumableStreams
 from servd.api.service import InferenceService
 from servd.api.tls import RELOAD_SECONDS, TlsContext, TlsFiles
 from servd.config import ServerConfig
