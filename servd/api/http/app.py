@@ -18,6 +18,7 @@ from servd.api.http import routes
 from servd.api.http.context import (
     BODY_TIMEOUT,
     KEEP_ALIVE,
+    RESPONSES,
     RESUMABLE_STREAMS,
     SERVER_CONFIG,
     SERVICE,
@@ -26,6 +27,7 @@ from servd.api.http.context import (
 from servd.api.http.errors import BadHTTPError, as_servd_error, error_response
 from servd.api.http.event_stream import resume_streams
 from servd.api.http.middleware import add_headers, check_access, errors_as_json, identify_and_log
+from servd.api.http.responses.store import ResponseStore
 from servd.api.http.resumable_streams import ResumableStreams
 from servd.api.service import InferenceService
 from servd.config import ServerConfig
@@ -124,15 +126,17 @@ def create_app(
     app[BODY_TIMEOUT] = body_timeout
     app[KEEP_ALIVE] = server_config.sse_keep_alive
     app[RESUMABLE_STREAMS] = ResumableStreams(server_config.resume_seconds, server_config.resume_buffer_bytes)
-    app.on_shutdown.append(_close_resumable_streams)
+    app[RESPONSES] = ResponseStore()
+    app.on_shutdown.append(_close_kept_streams)
     app.on_response_prepare.append(add_headers)
     for route_file in discover_routes():
         app.router.add_routes(route_file)
     return app
 
 
-async def _close_resumable_streams(app: web.Application) -> None:
+async def _close_kept_streams(app: web.Application) -> None:
     await app[RESUMABLE_STREAMS].close()
+    await app[RESPONSES].close()
 
 
 def discover_routes() -> list[list[web.RouteDef]]:
