@@ -15,14 +15,17 @@ from http import HTTPStatus
 from aiohttp import web
 
 from servd.api.http import routes
+from servd.api.http.anthropic.errors import anthropic_error_json
 from servd.api.http.context import (
     BODY_TIMEOUT,
+    ERROR_BODIES,
     KEEP_ALIVE,
     RESPONSES,
     RESUMABLE_STREAMS,
     SERVER_CONFIG,
     SERVICE,
     WRITE_TIMEOUT,
+    ErrorBody,
 )
 from servd.api.http.errors import BadHTTPError, as_servd_error, error_response
 from servd.api.http.event_stream import resume_streams
@@ -126,6 +129,8 @@ def create_app(
     app[BODY_TIMEOUT] = body_timeout
     app[KEEP_ALIVE] = server_config.sse_keep_alive
     app[RESUMABLE_STREAMS] = ResumableStreams(server_config.resume_seconds, server_config.resume_buffer_bytes)
+    error_bodies: dict[str, ErrorBody] = {"/v1/messages": anthropic_error_json}
+    app[ERROR_BODIES] = error_bodies
     app[RESPONSES] = ResponseStore()
     app.on_shutdown.append(_close_kept_streams)
     app.on_response_prepare.append(add_headers)
