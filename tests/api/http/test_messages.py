@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from servd.api.chat.plan import ChatPlan, plan_chat
+from servd.api.http.anthropic.blocks import template_messages
 from servd.api.http.routes import anthropic_messages
 from servd.config import ServerConfig
 from tests.api.http.serving import CHAT, Reply, Served, serve
@@ -167,7 +168,7 @@ def test_thinking_and_calls(tmp_path: Path) -> None:
         ]
 
 
-def test_blocks_reach_the_template(tmp_path: Path) -> None:
+def test_blocks_become_messages(tmp_path: Path) -> None:
     messages = [
         {"role": "user", "content": "weather?"},
         {"role": "assistant", "content": [
@@ -183,15 +184,25 @@ def test_blocks_reach_the_template(tmp_path: Path) -> None:
         ]},
     ]  # fmt: skip
 
-    async def main(server: Served) -> str:
+    calls = [
+        {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}},
+        {"id": "c2", "type": "function", "function": {"name": "weather", "arguments": {}}},
+    ]
+    assert template_messages([{"type": "text", "text": "be brief"}], messages) == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": "I look", "reasoning_content": "hm", "tool_calls": calls},
+        {"role": "tool", "content": "sun", "tool_call_id": "c1"},
+        {"role": "tool", "content": "Error: none", "tool_call_id": "c2"},
+        {"role": "user", "content": "and?"},
+    ]
+
+    async def main(server: Served) -> None:
         await message(server, messages=messages, max_tokens=1, tools=[TOOL])
         counted = await server.post(COUNT, {"model": "fake", "messages": messages, "tools": [TOOL]})
         assert counted.json() == {"input_tokens": len(prompt_of(server).encode())}
-        return prompt_of(server)
 
-    assert run(tmp_path, main).endswith(
-        "user: weather?\nassistant: I look\ntool: sun\ntool: Error: none\nuser: and?\nassistant: "
-    )
+    run(tmp_path, main)
 
 
 THINK = "thinking.budget_tokens"
