@@ -284,14 +284,12 @@ def test_all_errors_have_anthropics_shape(tmp_path: Path) -> None:
         slow = await server.post(PATH, ASK | asked("no end") | {"deadline_ms": 50})
         assert error_of(slow)[:2] == (408, "timeout_error")
         await server.fake.wait_idle()
-        server.executor.gate.clear()
-        waiting = [asyncio.create_task(server.post(PATH, ASK))]
+        waiting = [asyncio.create_task(server.post(PATH, ASK | asked("no end")))]
         await server.fake.wait_until(lambda: server.engine.stats().running == 1)
         waiting.append(asyncio.create_task(server.post(PATH, ASK)))
         await server.fake.wait_until(lambda: server.engine.stats().waiting == 1)
         full = await server.post(PATH, ASK)
         assert error_of(full)[:2] == (429, "rate_limit_error") and full.headers["Retry-After"] == "1"
-        server.executor.gate.set()
         assert [reply.status for reply in await asyncio.gather(*waiting)] == [200, 200]
         assert list((await server.post(CHAT, {})).json()["error"]) == ["message", "type", "param", "code"]
 
