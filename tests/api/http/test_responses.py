@@ -345,6 +345,8 @@ def test_the_official_client(tmp_path: Path) -> None:
             assert seen == final.output_text == REPLIES["greet"]
             parsed = await client.responses.parse(model="fake", input="object", text_format=Person)
             assert parsed.output_parsed == Person(name="Ann")
+            counted = await client.responses.input_tokens.count(model="fake", input="greet", instructions="be brief")
+            assert counted.input_tokens == len(b"system: be brief\nuser: greet\nassistant: ")
             await client.responses.delete(made.id)
 
     run(tmp_path, main)

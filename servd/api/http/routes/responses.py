@@ -24,7 +24,7 @@ from servd.api.http.event_stream import send_events, send_pieces
 from servd.api.http.generation import start_streams
 from servd.api.http.replies import chat_logprobs, json_reply
 from servd.api.http.responses.answer import ResponseAnswer, usage_dict
-from servd.api.http.responses.items import read_input, template_messages
+from servd.api.http.responses.items import Item, read_input, template_messages
 from servd.api.http.responses.query import item_page, stream_position
 from servd.api.http.responses.schema import LOGPROBS, ResponseRequest
 from servd.api.http.responses.store import BackgroundRun, StoredResponse
@@ -46,12 +46,9 @@ async def create_response(request: web.Request) -> web.StreamResponse:
     body = decode_body(await read_body(request), _DECODER)
     service.check_model(body.model)
     body.check()
-    items = read_input(body.input, lambda prefix: f"{prefix}_{uuid.uuid4().hex}")
-    history = store.history(tenant, body.previous_response_id)
-    if not items and not history:
-        raise InvalidRequestError("input is missing or empty; allowed: a string, or a list of items", param="input")
+    items, messages = _conversation(request, body)
     service.engine.check_room()
-    plan = await _plan(service, body, template_messages(body.instructions, [*history, *items]))
+    plan = await _plan(service, body, messages)
     response_id = f"resp_{uuid.uuid4().hex}"
     with renamed("max_tokens", "max_output_tokens"):
         [stream] = await start_streams(
@@ -81,6 +78,26 @@ async def create_response(request: web.Request) -> web.StreamResponse:
     if answer.failure is not None:
         raise answer.failure
     return json_reply(answer.as_dict())
+
+
+async def count_input_tokens(request: web.Request) -> web.Response:
+    """How long the prompt of the same response would be."""
+    service = request.app[SERVICE]
+    body = decode_body(await read_body(request), _DECODER)
+    service.check_model(body.model)
+    body.check()
+    _, messages = _conversation(request, body)
+    plan = await _plan(service, body, messages)
+    return json_reply({"object": "response.input_tokens", "input_tokens": len(plan.prompt_token_ids)})
+
+
+def _conversation(request: web.Request, body: ResponseRequest) -> tuple[list[Item], list[dict[str, Any]]]:
+    """The items of this call, and the messages that they make after those of what it goes on from."""
+    items = read_input(body.input, lambda prefix: f"{prefix}_{uuid.uuid4().hex}")
+    history = request.app[RESPONSES].history(request[CALLER].tenant, body.previous_response_id)
+    if not items and not history:
+        raise InvalidRequestError("input is missing or empty; allowed: a string, or a list of items", param="input")
+    return items, template_messages(body.instructions, [*history, *items])
 
 
 async def _plan(service: InferenceService, body: ResponseRequest, messages: list[dict[str, Any]]) -> ChatPlan:
@@ -270,6 +287,7 @@ async def list_input_items(request: web.Request) -> web.Response:
 
 ROUTES = [
     web.post("/v1/responses", create_response),
+    web.post("/v1/responses/input_tokens", count_input_tokens),
     web.get("/v1/responses/{response_id}", retrieve_response),
     web.delete("/v1/responses/{response_id}", delete_response),
     web.post("/v1/responses/{response_id}/cancel", cancel_response),
