@@ -115,6 +115,16 @@ class ServerConfig:
     port: int = flag(8000, "HTTP port; 0 picks a free one")
     grpc_port: int = flag(8001, "gRPC port; 0 picks a free one, -1 turns gRPC off")
     api_key: str | None = flag(None, "clients must send this key (also from SERVD_API_KEY); default: none needed")
+    tool_call_parser: str = flag(
+        "auto",
+        "how the model writes tool calls (a file of servd/api/chat/tool_parsers); auto: as its chat template tells, "
+        "else hermes; none: tools are refused",
+    )
+    reasoning_parser: str = flag(
+        "auto",
+        "how the model writes what it thinks (a file of servd/api/chat/reasoning_parsers); auto: as its chat template "
+        "tells; none: it is part of the answer",
+    )
     max_body_bytes: int = flag(8 << 20, "largest request body", unit="bytes")
     sse_keep_alive: float = flag(15.0, "an event stream that waits gets a comment this often; 0: never", unit="seconds")
     resume_seconds: float = flag(

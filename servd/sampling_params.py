@@ -48,6 +48,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    shown_special_token_ids: tuple[int, ...] = ()  # which are not skipped all the same
     allowed_token_ids: tuple[int, ...] | None = None  # no other token is sampled
     bad_words: tuple[str, ...] = ()  # texts that the answer never holds
     guidance: str | None = None  # a grammar that the answer follows; see servd.engine.guidance

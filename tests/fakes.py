@@ -34,6 +34,8 @@ class ByteTokenizer:
     bos_token_id: int | None = None
     num_stripped_spaces = 0
     has_chat_template = True
+    template_variables: frozenset[str] = frozenset()
+    template_source = ""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
@@ -48,11 +50,15 @@ class ByteTokenizer:
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def token_id(self, text: str) -> int | None:
+        return None
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
@@ -60,6 +66,8 @@ class ByteTokenizer:
             raise InvalidRequestError("messages are refused by the chat template", param="messages")
         extra = f"[{json.dumps(dict(template_kwargs), sort_keys=True)}]\n" if template_kwargs else ""
         turns = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        if continue_final_message:
+            return extra + turns.removesuffix("\n")
         return extra + turns + ("assistant: " if add_generation_prompt else "")
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:

@@ -58,13 +58,19 @@ class InputProcessor:
         messages: list[dict[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Token ids of a conversation under the model's chat template; special tokens in its texts stay plain text."""
         if not messages:
             raise InvalidRequestError("messages is empty; allowed: at least one message", param="messages")
         token_ids = self._tokenizer.encode_chat(
-            messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+            tools=tools,
         )
         if not token_ids:
             raise InvalidRequestError("messages give an empty prompt under the chat template", param="messages")

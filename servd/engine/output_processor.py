@@ -28,7 +28,12 @@ class _AnswerState:
         self.request = request
         self.index = index
         self.stream = stream
-        self.detokenizer = Detokenizer(tokenizer, params.skip_special_tokens, continues_text=True)
+        self.detokenizer = Detokenizer(
+            tokenizer,
+            params.skip_special_tokens,
+            continues_text=True,
+            shown_special_token_ids=params.shown_special_token_ids,
+        )
         self.stops = StopStrings(params.stop, params.include_stop_str_in_output) if params.stop else None
         self.num_output_tokens = 0
         self.last_token_time: float | None = None

@@ -123,10 +123,11 @@ async def serve(
     """A server on a free port, and a client session; on the way out nothing may still run or hold blocks."""
     fake = FakeEngine(folder, settings or {}, max_position_embeddings, executor_options)
     async with fake:
-        service = InferenceService(fake.engine, "fake")
-        runner, port = await start_http(
-            service, server or ServerConfig(port=0), write_timeout=write_timeout, body_timeout=body_timeout
+        config = server or ServerConfig(port=0)
+        service = InferenceService(
+            fake.engine, "fake", tool_call_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser
         )
+        runner, port = await start_http(service, config, write_timeout=write_timeout, body_timeout=body_timeout)
         try:
             async with aiohttp.ClientSession() as session:
                 yield Served(fake, session, port, runner)
