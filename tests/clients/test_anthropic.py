@@ -80,7 +80,7 @@ def test_stream(tmp_path: Path) -> None:
 
 def test_tools_and_thinking(tmp_path: Path) -> None:
     with FakeServer(tmp_path, replies=REPLIES, step_delay=0.001) as server, client_of(server) as client:
-        thinking: Any = {"type": "enabled", "budget_tokens": 199}
+        thinking: Any = {"type": "adaptive"}
         first = client.messages.create(**ask("weather", tools=[TOOL], thinking=thinking))
         assert first.stop_reason == "tool_use"
         with client.messages.stream(**ask("weather", tools=[TOOL], thinking=thinking)) as stream:

@@ -5,12 +5,13 @@ What the dialects with typed blocks share. Knows nothing of their shapes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from servd.api.chat.parts import Part, TextPart
 from servd.api.chat.plan import ChatPlan
 from servd.api.service import InferenceService
+from servd.errors import InvalidRequestError
 from servd.outputs import RequestOutput
 
 
@@ -38,8 +39,16 @@ async def num_tokens(service: InferenceService, texts: list[str]) -> int:
     return len(await service.engine.run_in_thread(service.engine.tokenizer.encode, text, False))
 
 
-def effort_kwargs(effort: str | None) -> Mapping[str, Any]:
-    """What chat templates that know of it are told about how much to think."""
-    if effort is None:
-        return {}
-    return {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
+@contextmanager
+def in_words_of(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors speak of fields as a dialect calls them: where a key of `names` is in a field's name, its value stands."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        message, param = error.message, error.param or ""
+        for name, own in names.items():
+            if name in param:
+                message, param = message.replace(name, own, 1), param.replace(name, own, 1)
+        if param == (error.param or ""):
+            raise
+        raise type(error)(message, param=param) from None

@@ -33,9 +33,10 @@ FULL_RESPONSE: dict[str, Any] = ASK_RESPONSE | {
         {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "x"}]},
     ],
     "instructions": "x", "max_output_tokens": 5, "temperature": 1.0, "metadata": {"a": "b"}, "store": True,
-    "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}},
+    "text": {"format": {"type": "text"}, "verbosity": "medium"},
     "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": False}],
-    "tool_choice": {"type": "function", "name": "f"}, "include": ["message.output_text.logprobs"], "top_logprobs": 1,
+    "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
+    "include": ["file_search_call.results"], "top_logprobs": 0,
     "reasoning": {"effort": None, "summary": "auto"}, "background": False, "stream": False, "user": "u",
 }  # fmt: skip
 FULL_MESSAGE: dict[str, Any] = ASK_MESSAGE | {
@@ -46,9 +47,8 @@ FULL_MESSAGE: dict[str, Any] = ASK_MESSAGE | {
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "x", "is_error": True}]},
     ],
     "system": [{"type": "text", "text": "x"}], "max_tokens": 5, "tools": [TOOL], "stop_sequences": ["x"],
-    "tool_choice": {"type": "tool", "name": "weather", "disable_parallel_tool_use": True}, "top_k": 3,
-    "thinking": {"type": "enabled", "budget_tokens": 4}, "metadata": {"user_id": "u"}, "stream": False,
-    "output_config": {"effort": None, "format": {"type": "json_schema", "schema": {}}},
+    "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}, "top_k": 3, "output_config": {"effort": None},
+    "thinking": {"type": "adaptive"}, "metadata": {"user_id": "u"}, "stream": False,
 }  # fmt: skip
 VALUES: list[Any] = [
     None, True, 0, -1, 1 << 62, 1.5, -1e308, "", "x", "\x00", "none", "auto", [], [None], ["x"], [[]], {},

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from servd.api.chat.call import AnswerFormat, Tool, ToolChoice
-from servd.api.http.answer_parts import effort_kwargs
+from servd.api.chat.plan import THINKING_SWITCHES
 from servd.api.http.anthropic.blocks import check_cache_control
 from servd.api.http.fields import Fields, check_neutral
 from servd.api.http.schema import GenerationRequest
@@ -18,7 +18,6 @@ from servd.api.http.schema.checks import check_count
 from servd.errors import InvalidRequestError, UnsupportedError
 
 MAX_TOOLS = 1024
-EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
 Scalar = str | int | float | bool | None
 
@@ -85,11 +84,6 @@ class Conversation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         """Raise UnsupportedError or InvalidRequestError for what no later step would notice."""
         check_neutral("", {name: getattr(self, name) for name in self.NEUTRAL}, self.NEUTRAL)
         check_cache_control(self.cache_control, "cache_control")
-        effort = None if self.output_config is None else self.output_config.effort
-        if effort not in (None, *EFFORTS):
-            raise InvalidRequestError(
-                f"output_config.effort is {effort[:100]!r}; allowed: {', '.join(EFFORTS)}", param="output_config.effort"
-            )
         if self.thinking is not None:
             self._check_thinking(self.thinking, None)
 
@@ -116,11 +110,17 @@ class Conversation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             )
 
     @property
+    def reasoning_effort(self) -> str | None:
+        """How much to think, in the words of the ChatCall."""
+        if self.thinking is not None and self.thinking.type == "disabled":
+            return "none"
+        return None if self.output_config is None else self.output_config.effort
+
+    @property
     def template_kwargs(self) -> dict[str, Any] | None:
-        """What the chat template gets beside messages and tools."""
-        given: dict[str, Any] = dict(effort_kwargs(None if self.output_config is None else self.output_config.effort))
-        if self.thinking is not None:
-            given["enable_thinking"] = self.thinking.type != "disabled"
+        """What the chat template gets beside messages and tools: some must be told that thinking is wanted."""
+        wanted = self.thinking is not None and self.thinking.type != "disabled"
+        given: dict[str, Any] = dict.fromkeys(THINKING_SWITCHES, True) if wanted else {}
         return given | (self.chat_template_kwargs or {}) or None
 
     def answer_format(self) -> AnswerFormat | None:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import msgspec
 
 from servd.api.chat.call import AnswerFormat, Tool, ToolChoice
-from servd.api.http.answer_parts import effort_kwargs
 from servd.api.http.fields import Fields, check_neutral
 from servd.api.http.schema import GenerationRequest
 from servd.api.http.schema.checks import check_count, check_length, check_range
@@ -21,7 +20,6 @@ MAX_TOOLS = 1024
 MAX_METADATA = 16  # pairs
 MAX_METADATA_KEY, MAX_METADATA_VALUE = 64, 512  # characters
 LOGPROBS = "message.output_text.logprobs"
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 # What these would add belongs to items that servd never makes.
 _EMPTY_INCLUDES = frozenset(
@@ -165,11 +163,6 @@ class ResponseRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                     param="top_logprobs",
                 )
         reasoning = msgspec.structs.asdict(self.reasoning or ReasoningConfig())
-        if reasoning["effort"] not in (None, *EFFORTS):
-            raise InvalidRequestError(
-                f"reasoning.effort is {reasoning['effort'][:100]!r}; allowed: {', '.join(EFFORTS)}",
-                param="reasoning.effort",
-            )
         auto = (None, "auto")  # reasoning is not summed up but shown whole
         neutral = {"summary": auto, "generate_summary": auto, "context": auto, "mode": (None, "standard")}
         check_neutral("reasoning.", reasoning, neutral)
@@ -186,11 +179,6 @@ class ResponseRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         """Whether the text's tokens come with their log-probabilities."""
         return LOGPROBS in (self.include or ())
 
-    @property
-    def template_kwargs(self) -> dict[str, Any] | None:
-        """What the chat template gets beside messages and tools."""
-        effort = None if self.reasoning is None else self.reasoning.effort
-        return {**effort_kwargs(effort), **(self.chat_template_kwargs or {})} or None
 
     def generation(self) -> GenerationRequest:
         """The fields that all dialects share."""

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from servd.api.chat.call import ChatCall
 from servd.api.chat.plan import ChatPlan, plan_chat
-from servd.api.http.answer_parts import AnswerParts, num_tokens
+from servd.api.http.answer_parts import AnswerParts, in_words_of, num_tokens
 from servd.api.http.anthropic.answer import MessageAnswer, error_event
 from servd.api.http.anthropic.blocks import template_messages
 from servd.api.http.anthropic.schema import Conversation, CountTokensRequest, MessagesRequest
@@ -26,11 +26,18 @@ from servd.api.http.resumable_streams import EventSource
 from servd.api.http.schema import renamed
 from servd.api.service import InferenceService
 from servd.engine.result_stream import ResultStream
-from servd.errors import ServdError
+from servd.errors import ServdError, UnsupportedError
 from servd.sampling_params import SamplingParams
 
 _MESSAGES = msgspec.json.Decoder(MessagesRequest)
 _COUNT_TOKENS = msgspec.json.Decoder(CountTokensRequest)
+# What the plan calls them → what they are called here.
+_NAMES = {
+    ".function.parameters": ".input_schema",
+    ".function.": ".",
+    "reasoning_effort": "output_config.effort",
+    "continue_final_message": "messages",
+}
 _log = logging.getLogger("servd.http")
 
 
@@ -52,7 +59,10 @@ async def create_message(request: web.Request) -> web.StreamResponse:
     service.engine.check_room()
     plan = await _plan(service, body, params)
     message_id = service.new_request_id("msg")
-    [stream] = await start_streams(request, generation, [plan.prompt_token_ids], plan.params, message_id, ["messages"])
+    with renamed("guidance", plan.guidance_param):
+        [stream] = await start_streams(
+            request, generation, [plan.prompt_token_ids], plan.params, message_id, ["messages"]
+        )
     making = _Making(service, plan, stream, message_id)
     if body.stream:
         return await send_events(request, message_id, making.events())
@@ -87,8 +97,15 @@ async def _plan(service: InferenceService, body: Conversation, params: SamplingP
         add_generation_prompt=not is_begun,
         continue_final_message=is_begun,
         template_kwargs=body.template_kwargs,
+        reasoning_effort=body.reasoning_effort,
     )
-    with renamed("continue_final_message", "messages"):
+    if body.thinking is not None and body.thinking.type == "enabled" and service.chat_formats.reasoning_parser is None:
+        raise UnsupportedError(
+            "thinking.type is 'enabled'; this model does not think (or --reasoning-parser is not set); allowed: "
+            "'adaptive', 'disabled'",
+            param="thinking.type",
+        )
+    with in_words_of(_NAMES if call.reasoning_effort != "none" else _NAMES | {"reasoning_effort": "thinking.type"}):
         return await plan_chat(service, call)
 
 

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from servd.api.chat.call import ChatCall
 from servd.api.chat.plan import ChatPlan, plan_chat
-from servd.api.http.answer_parts import AnswerParts, num_tokens
+from servd.api.http.answer_parts import AnswerParts, in_words_of, num_tokens
 from servd.api.http.context import CALLER, RESPONSES, SERVICE
 from servd.api.http.decode import decode_body, read_body
 from servd.api.http.errors import as_servd_error
@@ -37,6 +37,8 @@ from servd.outputs import RequestOutput
 from servd.sampling_params import SamplingParams
 
 _DECODER = msgspec.json.Decoder(ResponseRequest)
+# What the plan calls them → what they are called here.
+_NAMES = {".function.": ".", "reasoning_effort": "reasoning.effort", "messages": "input"}
 _log = logging.getLogger("servd.http")
 
 
@@ -50,7 +52,7 @@ async def create_response(request: web.Request) -> web.StreamResponse:
     service.engine.check_room()
     plan = await _plan(service, body, messages)
     response_id = f"resp_{uuid.uuid4().hex}"
-    with renamed("max_tokens", "max_output_tokens"):
+    with renamed("max_tokens", "max_output_tokens"), renamed("guidance", plan.guidance_param):
         [stream] = await start_streams(
             request, body.generation(), [plan.prompt_token_ids], plan.params, response_id, ["input"]
         )
@@ -112,9 +114,15 @@ async def _plan(service: InferenceService, body: ResponseRequest, messages: list
         )
     tools, tool_choice = body.call_tools()
     call = ChatCall(
-        messages, params, tools, tool_choice, body.answer_format(), template_kwargs=body.template_kwargs
+        messages,
+        params,
+        tools,
+        tool_choice,
+        body.answer_format(),
+        template_kwargs=body.chat_template_kwargs,
+        reasoning_effort=body.reasoning.effort if body.reasoning else None,
     )
-    with renamed("messages", "input"):
+    with in_words_of(_NAMES):
         plan = await plan_chat(service, call)
     if plan.new_reader is not None and body.shows_logprobs:
         raise UnsupportedError(
