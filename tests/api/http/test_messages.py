@@ -73,6 +73,23 @@ async def streamed(server: Served, **fields: Any) -> list[dict[str, Any]]:
     return named_events(await server.post(PATH, ASK | {"stream": True} | fields))
 
 
+def assembled(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """The message that a stream's events tell of."""
+    content: list[dict[str, Any]] = []
+    pieces: dict[int, str] = {}
+    for event in events:
+        if event["type"] == "content_block_start":
+            content.append(event["content_block"])
+        elif event["type"] == "content_block_delta" and event["delta"]["type"] != "signature_delta":
+            [text] = [value for key, value in event["delta"].items() if key != "type"]
+            pieces[event["index"]] = pieces.get(event["index"], "") + text
+    for index, text in pieces.items():
+        block = content[index]
+        block |= {"input": json.loads(text)} if block["type"] == "tool_use" else {block["type"]: text}
+    [end] = [event for event in events if event["type"] == "message_delta"]
+    return events[0]["message"] | {"content": content} | end["delta"]
+
+
 def error_of(reply: Reply) -> tuple[int, str, str]:
     """(status, type, message) of a reply in Anthropic's error shape, exactly."""
     body = reply.json()
@@ -306,7 +323,7 @@ def test_a_missing_key_is_told_in_anthropics_shape(tmp_path: Path) -> None:
 
 def test_a_failure_in_mid_stream_is_told(tmp_path: Path) -> None:
     async def main(server: Served) -> None:
-        events = await streamed(server, **asked("no end"), deadline_ms=100)
+        events = await streamed(server, **asked("no end"), max_tokens=1900, deadline_ms=500)
         assert events[0]["type"] == "message_start" and events[-1]["type"] == "error"
         assert events[-1]["error"]["type"] == "timeout_error"
 
