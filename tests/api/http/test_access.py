@@ -21,7 +21,9 @@ WITH_KEY = ServerConfig(port=0, api_key=KEY)
 
 
 def all_routes() -> list[tuple[str, str]]:
-    return [(route.method, route.path) for routes in discover_routes() for route in routes]
+    """All but Anthropic's, whose errors have a shape of their own: see test_messages."""
+    found = [(route.method, route.path) for routes in discover_routes() for route in routes]
+    return [(method, path) for method, path in found if not path.startswith("/v1/messages")]
 
 
 def test_every_route_but_health_wants_the_key(tmp_path: Path) -> None:

@@ -316,7 +316,10 @@ def test_all_errors_have_anthropics_shape(tmp_path: Path) -> None:
 
 def test_a_missing_key_is_told_in_anthropics_shape(tmp_path: Path) -> None:
     async def main(server: Served) -> None:
-        assert error_of(await server.post(PATH, ASK))[:2] == (401, "authentication_error")
+        for method, path in (("POST", PATH), ("POST", COUNT), ("GET", PATH), ("GET", f"{PATH}/nope")):
+            reply = await server.request(method, path, json=ASK)
+            assert error_of(reply)[:2] == (401, "authentication_error")
+            assert reply.headers["WWW-Authenticate"] == "Bearer" and b"secret" not in reply.body
 
     run(tmp_path, main, server=ServerConfig(port=0, api_key="secret"))
 
