@@ -21,6 +21,7 @@ MAX_TOOLS = 256
 MAX_TOOL_NAME_CHARS = 128
 MAX_TOOL_VALUES = 20_000  # numbers, texts, lists and objects in all tools' parameters
 MAX_DEPTH = 64
+MAX_FORCED_CALLS = 16  # in an answer under a grammar: a small model can go on with the same call for ever
 
 _NAME = re.compile(r"[\w.:/-]+", re.ASCII)
 _INTRODUCTION = (
@@ -176,7 +177,7 @@ def callable_tools(call: ChatCall) -> tuple[Tool, ...]:
 
 def _calls(grammar: CallGrammar, choice: ToolChoice, formats: ChatFormats, *, has_format: bool) -> str:
     """Lark text whose start is calls, forced, or begun at will."""
-    following = f" ({grammar.following})*" if choice.parallel else ""
+    following = f" ({grammar.following}){{0,{MAX_FORCED_CALLS - 1}}}" if choice.parallel else ""
     calls = f"{grammar.first}{following} {grammar.end}"
     marker = "" if grammar.marker is None else formats.marker(grammar.marker)
     rules = grammar.rules
