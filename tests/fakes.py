@@ -310,6 +310,7 @@ class FakeEngine:
     settings: dict[str, Any] = field(default_factory=dict)  # flat EngineConfig names
     max_position_embeddings: int = 2048
     executor_options: dict[str, Any] = field(default_factory=dict)  # keywords of FakeExecutor
+    tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
 
     async def __aenter__(self) -> FakeEngine:
         (self.folder / "config.json").write_text(
@@ -318,7 +319,7 @@ class FakeEngine:
         config = EngineConfig.from_flat(**self.settings)
         self.executor = FakeExecutor(config, **self.executor_options)
         files = ModelFiles("fake", self.folder, ())
-        self.engine = AsyncEngine(config, files, ByteTokenizer(), self.executor)  # type: ignore[arg-type]
+        self.engine = AsyncEngine(config, files, self.tokenizer, self.executor)  # type: ignore[arg-type]
         await self.engine.start()
         return self
 

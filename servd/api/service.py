@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
+import msgspec
+
 from servd.api.chat.formats import ChatFormats, ParserChoice
 from servd.engine.async_engine import AsyncEngine, EngineStats
 from servd.engine.result_stream import ResultStream
@@ -71,7 +73,10 @@ class InferenceService:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Token ids of a conversation, rendered in a sandbox off the event loop. Raises InvalidRequestError."""
-        await self._check_fits(sum(len(message["content"]) for message in messages), "messages")
+        calls = [message["tool_calls"] for message in messages if message.get("tool_calls")]
+        num_chars = sum(len(message["content"]) for message in messages)
+        num_chars += sum(len(msgspec.json.encode(shown)) for shown in (*calls, *(tools or ())))
+        await self._check_fits(num_chars, "messages")
         encode = partial(
             self.engine.inputs.encode_chat,
             add_generation_prompt=add_generation_prompt,

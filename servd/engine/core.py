@@ -17,7 +17,8 @@ from servd.executor.base import Executor
 from servd.metrics import Metrics
 from servd.outputs import ModelRunnerOutput, SchedulerOutput
 from servd.request import FinishReason
-from servd.scheduler.scheduler import Scheduler, Update
+from servd.scheduler.plan import Update
+from servd.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger("servd.engine")
 step_logger = logging.getLogger("servd.steps")

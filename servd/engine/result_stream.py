@@ -8,8 +8,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from types import TracebackType
+from typing import Protocol
 
 from servd.outputs import RequestOutput
+
+
+class Sink(Protocol):
+    """Who takes the news of answers."""
+
+    def put(self, output: RequestOutput) -> None:
+        """Add news of one answer."""
 
 
 class ResultStream:

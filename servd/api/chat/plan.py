@@ -36,12 +36,13 @@ class ChatPlan:
     guidance_param: str = "response_format"  # what the client calls the field behind `params.guidance`
 
 
-async def plan_chat(service: InferenceService, call: ChatCall) -> ChatPlan:
-    """Render and tokenize, off the event loop. Raises InvalidRequestError or UnsupportedError naming the field."""
+async def encode_call(service: InferenceService, call: ChatCall) -> list[int]:
+    """The prompt's tokens, made off the event loop. Raises InvalidRequestError or UnsupportedError naming the field."""
     formats = service.chat_formats
+    if not call.messages:
+        raise InvalidRequestError("messages is empty; allowed: at least one message", param="messages")
     check_tools(call.tools, call.tool_choice)
-    tools = callable_tools(call)
-    if tools and formats.tool_parser is None:
+    if callable_tools(call) and formats.tool_parser is None:
         raise UnsupportedError("tools is set; this server reads no tool calls (--tool-call-parser none)", param="tools")
     if call.continue_final_message:
         _check_continued(call)
@@ -55,8 +56,17 @@ async def plan_chat(service: InferenceService, call: ChatCall) -> ChatPlan:
         template_kwargs=_template_kwargs(call, formats),
         tools=template_tools(shown_tools) if shown_tools and formats.template_knows_tools else None,
     )
-    if call.truncate_prompt_tokens is not None:
-        token_ids = token_ids[-call.truncate_prompt_tokens :]
+    kept = call.truncate_prompt_tokens
+    if kept == -1:
+        max_tokens = call.params.max_tokens
+        kept = max(service.engine.max_model_len - (1 if max_tokens is None else max_tokens), 1)
+    return token_ids if kept is None else token_ids[-kept:]
+
+
+async def plan_chat(service: InferenceService, call: ChatCall) -> ChatPlan:
+    """Render and tokenize, off the event loop. Raises InvalidRequestError or UnsupportedError naming the field."""
+    token_ids = await encode_call(service, call)
+    formats, tools = service.chat_formats, callable_tools(call)
     if formats.reasoning_parser is None and not tools and call.answer_format is None:
         return ChatPlan(token_ids, call.params, None)
     prompt_end = service.engine.tokenizer.decode(token_ids[-NUM_END_TOKENS:], False)
@@ -65,6 +75,7 @@ async def plan_chat(service: InferenceService, call: ChatCall) -> ChatPlan:
         if params.guidance is not None:
             raise InvalidRequestError(f"{grammar[1]}: another grammar is set too; allowed: one", param=grammar[1])
         params, param = msgspec.structs.replace(params, guidance=grammar[0]), grammar[1]
+        await service.engine.check_guidance(params, param=param)
     markers, new_reader = _reader(call, formats, prompt_end, hides_special_tokens=params.skip_special_tokens)
     if params.skip_special_tokens and markers:
         shown = tuple(formats.token_ids[text] for text in markers)

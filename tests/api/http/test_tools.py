@@ -6,7 +6,7 @@ import asyncio
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import openai
 import pytest
@@ -17,6 +17,7 @@ from servd.api.service import InferenceService
 from servd.config import ServerConfig
 from servd.errors import ConfigError
 from tests.api.http.serving import CHAT, Served, serve
+from tests.fakes import EOS, ByteTokenizer
 
 WEATHER = {
     "type": "function",
@@ -224,6 +225,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"enum": [1] * 30_000}}}]},
      "tools", "more than 20000 values"),
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, "tools", "levels deep"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"not": {}}}}]},
+     "tools[0].function.parameters", "'not' at # is not supported"),
     ({"tool_choice": "any"}, "tool_choice", '"any"; allowed: none, auto, required'),
     ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice", "'other'"),
     ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice.type", "allowed_tools"),
@@ -269,6 +272,70 @@ def test_unknown_parsers_end_the_start(tmp_path: Path) -> None:
                 InferenceService(server.engine, "fake", tool_call_parser="x")
             with pytest.raises(ConfigError, match=r"unknown reasoning parser 'x'; known: deepseek_r1"):
                 InferenceService(server.engine, "fake", reasoning_parser="x")
+
+    asyncio.run(main())
+
+
+class MistralTokenizer(ByteTokenizer):
+    """Bytes, and some control characters in the place of Mistral's special tokens."""
+
+    SPECIAL: ClassVar[dict[int, str]] = {1: "[TOOL_CALLS]", 2: "[ARGS]", 3: "[THINK]", 4: "[/THINK]", 5: "[INST]"}
+    special_token_ids = frozenset((EOS, *SPECIAL))
+    template_variables = frozenset(("messages", "tools"))
+    template_source = "{{ tools }}[TOOL_CALLS] {{ message.tool_calls }}[ARGS] [THINK]"
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.SPECIAL[token_id].encode() if token_id in self.SPECIAL else super().token_bytes(token_id)
+
+    def token_id(self, text: str) -> int | None:
+        return {token: i for i, token in self.SPECIAL.items()}.get(text)
+
+
+def test_special_tokens_are_read_and_never_shown(tmp_path: Path) -> None:
+    replies = {
+        "q-call": '\3Hm.\4\5Look:\1get_weather\2{"city": "P"}\1now\2{}',
+        "q-text": "\5An [INST] \1answer \2.",
+        "q-plain": "\1\2plain\3",
+    }
+
+    async def main() -> None:
+        async with serve(tmp_path, replies=replies, tokenizer=MistralTokenizer()) as server:
+            for make in (lambda what: whole(server, what), lambda what: chunks(server, what)):
+                made = await make("q-call")
+                message = made["message"] if isinstance(made, dict) else joined(made)
+                assert (message["content"], message["reasoning"]) == ("Look:", "Hm.")
+                assert [(call["function"]["arguments"], len(call["id"])) for call in message["tool_calls"]] == [
+                    ('{"city": "P"}', 9), ("{}", 9)
+                ]  # fmt: skip
+            assert (await whole(server, "q-text"))["message"]["content"] == "An [INST] answer ."
+            assert (await whole(server, "q-plain", tools=None))["message"]["content"] == "plain"
+            shown = (await whole(server, "q-text", skip_special_tokens=False))["message"]["content"]
+            assert shown == "[INST]An [INST] [TOOL_CALLS]answer [ARGS]."
+            forced = await whole(server, "q-call", tool_choice="required")
+            assert (
+                forced["finish_reason"] == "tool_calls"
+                and "<[1]>" in guidance_of(server)["grammars"][0]["lark_grammar"]
+            )
+
+    asyncio.run(main())
+
+
+def test_tokenize_shows_the_prompt_of_a_chat(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path) as server:
+            for fields in ({"tools": [WEATHER]}, {"chat_template_kwargs": {"x": 1}}, {"add_generation_prompt": False}):
+                await whole(server, "hi", **{"tools": None, "max_tokens": 1} | fields)
+                reply = await server.post("/tokenize", {"messages": [{"role": "user", "content": "hi"}]} | fields)
+                assert bytes(reply.json()["tokens"]).decode() == prompt_of(server)
+
+    asyncio.run(main())
+
+
+def test_no_messages_but_tools(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path) as server:
+            reply = await server.post(CHAT, ask("", messages=[]))
+            assert (reply.status, reply.error()["param"]) == (400, "messages")
 
     asyncio.run(main())
 
