@@ -61,8 +61,8 @@ def test_pickle_checkpoints_are_refused_with_the_reason(tmp_path: Path, name: st
 
 def test_pickles_are_refused_also_where_asserts_are_off(tmp_path: Path) -> None:
     folder = hf_folder(tmp_path / "m", "pytorch_model.bin")
-    code = "import sys; from servd.cli import main; sys.exit(main(['serve', sys.argv[1], '--port', '0', '--grpc-port', '-1']))"
-    command = [sys.executable, "-O", "-c", code, str(folder)]
+    code = "import sys; from servd.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
+    command = [sys.executable, "-O", "-c", code, str(folder), "--port", "0", "--grpc-port", "-1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "is a pickle checkpoint, which is refused" in done.stderr
 
