@@ -18,9 +18,9 @@ import aiohttp
 import grpc.aio
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+
 from servd.api.grpc._pb.inference import grpc_service_pb2 as kserve
 from servd.api.grpc._pb.inference import grpc_service_pb2_grpc as kserve_grpc
-
 from servd.api.grpc._pb.servd.v1 import inference_pb2 as pb
 from servd.api.grpc._pb.servd.v1 import inference_pb2_grpc as pb_grpc
 from servd.api.grpc.server import start_grpc
@@ -97,9 +97,14 @@ async def post(f: Fronts, path: str, body: dict[str, Any]) -> Any:
         data = await response.read()
         if response.status != 200:
             error = json.loads(data)["error"]
+            if "param" not in error and not isinstance(error, str):  # Anthropic's
+                error = error["message"]
             if isinstance(error, str):  # the inference protocol's: the field is the message's first word
-                raise RefusedError(error.split(" ")[0], error, str(response.status))
-            raise RefusedError(error["param"], error["message"], str(response.status))
+                error = {"param": error.split(" ")[0], "message": error}
+            named, message = error["param"], error["message"]
+            for own, common in OWN_NAMES.items():
+                named, message = named.replace(own, common), message.replace(own, common)
+            raise RefusedError(named, message, str(response.status))
         if not response.content_type.startswith("text/event-stream"):
             return json.loads(data)
     lines = [line for line in data.decode().split("\n") if line.startswith("data: ") and line != "data: [DONE]"]
@@ -190,6 +195,53 @@ async def v2_generate_stream(f: Fronts, settings: dict[str, Any]) -> Told:
 
 def as_lists(reply: dict[str, Any]) -> dict[str, list[Any]]:
     return {name: value if isinstance(value, list) else [value] for name, value in reply.items()}
+
+
+async def responses(f: Fronts, settings: dict[str, Any]) -> Told:
+    reply = await post(f, "/v1/responses", responses_body(settings))
+    text = "".join(part["text"] for item in reply["output"] for part in item["content"])
+    return Told([text], [STATUSES[reply["status"]]], num_prompt_tokens=reply["usage"]["input_tokens"])
+
+
+async def responses_streamed(f: Fronts, settings: dict[str, Any]) -> Told:
+    events = await post(f, "/v1/responses", responses_body(settings) | {"stream": True})
+    text = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+    return Told([text], [STATUSES[events[-1]["response"]["status"]]])
+
+
+def responses_body(settings: dict[str, Any]) -> dict[str, Any]:
+    body = {"model": "fake", "input": MESSAGE, "max_tokens": 16, "store": False} | settings
+    body["max_output_tokens"] = body.pop("max_tokens")
+    return body
+
+
+async def messages(f: Fronts, settings: dict[str, Any]) -> Told:
+    reply = await post(f, "/v1/messages", messages_body(settings))
+    text = "".join(block["text"] for block in reply["content"])
+    return Told([text], [STOP_REASONS[reply["stop_reason"]]], num_prompt_tokens=input_tokens(reply["usage"]))
+
+
+async def messages_streamed(f: Fronts, settings: dict[str, Any]) -> Told:
+    events = await post(f, "/v1/messages", messages_body(settings) | {"stream": True})
+    text = "".join(event["delta"]["text"] for event in events if event["type"] == "content_block_delta")
+    (reason,) = (event["delta"]["stop_reason"] for event in events if event["type"] == "message_delta")
+    return Told([text], [STOP_REASONS[reason]])
+
+
+def messages_body(settings: dict[str, Any]) -> dict[str, Any]:
+    body = {"model": "fake", "messages": [{"role": "user", "content": MESSAGE}], "max_tokens": 16} | settings
+    if "stop" in body:
+        body["stop_sequences"] = body.pop("stop")
+    return body
+
+
+def input_tokens(usage: dict[str, int]) -> int:
+    return usage["input_tokens"] + (usage.get("cache_read_input_tokens") or 0)
+
+
+OWN_NAMES = {"max_output_tokens": "max_tokens", "stop_sequences": "stop"}
+STATUSES = {"completed": "stop", "incomplete": "length"}
+STOP_REASONS = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
 
 
 # -- over gRPC -------------------------------------------------------------------------------------------------------
@@ -303,6 +355,10 @@ DIALECTS: dict[str, Callable[[Fronts, dict[str, Any]], Awaitable[Told]]] = {
     "/v1/completions streamed": completions_streamed,
     "/v1/chat/completions": chat,
     "/v1/chat/completions streamed": chat_streamed,
+    "/v1/responses": responses,
+    "/v1/responses streamed": responses_streamed,
+    "/v1/messages": messages,
+    "/v1/messages streamed": messages_streamed,
     "gRPC Generate": generate,
     "gRPC Chat": grpc_chat,
     "gRPC ModelInfer": kserve_infer,
@@ -311,6 +367,25 @@ DIALECTS: dict[str, Callable[[Fronts, dict[str, Any]], Awaitable[Told]]] = {
     "/v2 generate": v2_generate,
     "/v2 generate_stream": v2_generate_stream,
 }
+
+# The only settings of dialects that are narrower than the others.
+_MESSAGES = {"temperature", "top_p", "top_k", "max_tokens", "stop", "seed", "ignore_eos"}
+_RESPONSES = {
+    "temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "seed", "ignore_eos", "presence_penalty",
+    "frequency_penalty", "repetition_penalty",
+}  # fmt: skip
+SETTINGS: dict[str, set[str]] = {
+    "/v1/responses": _RESPONSES,
+    "/v1/responses streamed": _RESPONSES,
+    "/v1/messages": _MESSAGES,
+    "/v1/messages streamed": _MESSAGES,
+}
+
+
+def dialects_with(settings: dict[str, Any]) -> dict[str, Callable[[Fronts, dict[str, Any]], Awaitable[Told]]]:
+    """Those that have all of these settings."""
+    return {name: ask for name, ask in DIALECTS.items() if set(settings) <= SETTINGS.get(name, set(settings))}
+
 
 SAME: dict[str, dict[str, Any]] = {
     "defaults and a seed": {"seed": 7},
@@ -334,7 +409,7 @@ SAME: dict[str, dict[str, Any]] = {
 def test_the_same_request_gives_the_same_answer(case: str, replies: dict[str, str], tmp_path: Path) -> None:
     async def test() -> None:
         async with fronts(tmp_path, replies=replies) as f:
-            told = {name: await ask(f, SAME[case]) for name, ask in DIALECTS.items()}
+            told = {name: await ask(f, SAME[case]) for name, ask in dialects_with(SAME[case]).items()}
             whole = told["gRPC Generate"]
             assert whole.token_ids is not None and all(whole.token_ids)
             for name, one in told.items():
@@ -377,7 +452,7 @@ def test_the_same_wrong_value_is_refused_alike(case: str, tmp_path: Path) -> Non
     async def test() -> None:
         async with fronts(tmp_path) as f:
             messages = {}
-            for name, ask in DIALECTS.items():
+            for name, ask in dialects_with(settings).items():
                 with pytest.raises(RefusedError) as refusal:
                     await ask(f, settings)
                 assert refusal.value.field.split(".")[0] == blamed, name
