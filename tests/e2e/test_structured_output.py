@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -34,11 +36,11 @@ def test_sixty_schemas_give_valid_json(llm):
     assert len(SCHEMAS) == 60
     for schema in SCHEMAS:
         Draft202012Validator.check_schema(schema)
-    # The ends of recursions, which the model is slow to choose by itself.
-    bias = {llm.engine.tokenizer.encode(text)[0]: 8.0 for text in ("null", "[]}")}
+    # The ends of recursions and of digits, which the model is slow to choose by itself.
+    ends = {"null": 8.0, "]": 8.0, "]}": 8.0, "[]": 8.0, "[]}": 8.0, '"': 3.0}
+    bias = {llm.engine.tokenizer.encode(text)[0]: value for text, value in ends.items()}
     work = [
-        params(i, guidance=guidance.from_json_schema(schema), logit_bias=bias if "$defs" in schema else None)
-        for i, schema in enumerate(SCHEMAS)
+        params(i, guidance=guidance.from_json_schema(schema), logit_bias=bias) for i, schema in enumerate(SCHEMAS)
     ]
     for schema, generation in zip(SCHEMAS, llm.generate([PROMPT] * len(work), work), strict=True):
         answer = generation.answers[0]
@@ -71,6 +73,22 @@ def test_bits_do_not_depend_on_the_batch_nor_on_guesses_nor_on_restarts_of_a_req
     assert not any(word in together[2].text for word in ("the", " a", "."))
     assert set(together[3].answers[0].token_ids) <= set(range(2000, 2300))
     assert len({answer.text for answer in together[5].answers}) > 1
+
+
+def test_a_killed_worker_changes_no_token_of_a_constrained_answer(llm):
+    work = [
+        params(1, max_tokens=300, guidance=guidance.from_json_schema({"type": "object"}), bad_words=("e",)),
+        params(2, guidance=guidance.from_regex("([a-z]{4} ){40}[a-z]{4}")),
+    ]
+    expected = llm.generate([PROMPT] * 2, work)
+    with LLM(**SETTINGS, executor="multiproc") as other, ThreadPoolExecutor(1) as thread:
+        answers = thread.submit(other.generate, [PROMPT] * 2, work)
+        while len(other.engine.core.step_log) < 20:
+            assert not answers.done()
+        os.kill(other.engine.executor.pids[0], signal.SIGKILL)
+        for one, two in zip(expected, answers.result(), strict=True):
+            assert one.answers[0].token_ids == two.answers[0].token_ids
+        assert other.engine.metrics.worker_restarts._value.get() == 1
 
 
 def test_a_grammar_that_meets_a_limit_fails_alone_and_the_others_keep_their_bits(llm):
