@@ -15,9 +15,18 @@ from http import HTTPStatus
 from aiohttp import web
 
 from servd.api.http import routes
-from servd.api.http.context import BODY_TIMEOUT, SERVER_CONFIG, SERVICE, WRITE_TIMEOUT
+from servd.api.http.context import (
+    BODY_TIMEOUT,
+    KEEP_ALIVE,
+    RESUMABLE_STREAMS,
+    SERVER_CONFIG,
+    SERVICE,
+    WRITE_TIMEOUT,
+)
 from servd.api.http.errors import BadHTTPError, as_servd_error, error_response
+from servd.api.http.event_stream import resume_streams
 from servd.api.http.middleware import add_headers, check_access, errors_as_json, identify_and_log
+from servd.api.http.resumable_streams import ResumableStreams
 from servd.api.service import InferenceService
 from servd.config import ServerConfig
 from servd.errors import ConfigError, ServdError
@@ -106,16 +115,24 @@ def create_app(
 ) -> web.Application:
     """The application with all routes of `servd.api.http.routes`. Timeouts are in seconds."""
     app = web.Application(
-        middlewares=[identify_and_log, errors_as_json, check_access], client_max_size=server_config.max_body_bytes
+        middlewares=[identify_and_log, errors_as_json, check_access, resume_streams],
+        client_max_size=server_config.max_body_bytes,
     )
     app[SERVICE] = service
     app[SERVER_CONFIG] = server_config
     app[WRITE_TIMEOUT] = write_timeout
     app[BODY_TIMEOUT] = body_timeout
+    app[KEEP_ALIVE] = server_config.sse_keep_alive
+    app[RESUMABLE_STREAMS] = ResumableStreams(server_config.resume_seconds, server_config.resume_buffer_bytes)
+    app.on_shutdown.append(_close_resumable_streams)
     app.on_response_prepare.append(add_headers)
     for route_file in discover_routes():
         app.router.add_routes(route_file)
     return app
+
+
+async def _close_resumable_streams(app: web.Application) -> None:
+    await app[RESUMABLE_STREAMS].close()
 
 
 def discover_routes() -> list[list[web.RouteDef]]:
