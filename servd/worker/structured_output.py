@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from llguidance import LLMatcher, LLTokenizer
 
-from servd.grammar import GrammarError, compile_grammar, load_vocabulary
+from servd.grammar import GrammarError, compile_grammar, fill_mask, load_vocabulary
 from servd.outputs import NewRequestData
 from servd.worker.forbidden_texts import ForbiddenTexts, Int32s, TokenBytes
 from servd.worker.guide import Constraints, Guide
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 MAX_COMPILED = 128  # grammars kept
 MAX_COMPILED_BYTES = 4 << 20  # of their texts; what the library makes of one is some ten times as large
 SLOW_SECONDS = 0.002  # a mask that takes longer is made apart, so that others do not queue behind it
+MASKS_PER_THREAD = 8  # fewer are not worth a thread
+MAX_MASK_THREADS = 8
 PATIENCE = 0.02  # seconds that a step waits for its masks, once the model has run; all of them take 5 ms at 64 rows
 PATIENCE_ALONE = 0.05  # if nobody else gets anything from the step
 
@@ -85,13 +88,12 @@ class StepMasks:
     bounds: list[int]
     num_words: int
     entries: dict[int, _Entry] = field(default_factory=dict)
-    quick: Future[None] | None = None
+    quick: list[Future[None]] = field(default_factory=list)
     slow: list[Future[None]] = field(default_factory=list)
 
     def collect(self, *, is_alone: bool) -> Masks:
         """Wait a moment for what is not there. `is_alone`: nobody else gets anything from this step."""
-        if self.quick is not None:
-            wait([self.quick], PATIENCE)
+        wait(self.quick, PATIENCE)
         if is_alone:
             late: list[Future[Any]] = [e.constraints for e in self.entries.values() if e.guide is None]
             wait(late + self.slow, PATIENCE_ALONE)
@@ -125,7 +127,8 @@ class Guides:
         self._compiler = _Compiler(vocab_size, tokenizer_path)
         self._entries: dict[int, _Entry] = {}
         self._building = ThreadPoolExecutor(1, thread_name_prefix="servd-grammar")
-        self._quick = ThreadPoolExecutor(1, thread_name_prefix="servd-masks")
+        self._num_mask_threads = max(1, min(MAX_MASK_THREADS, torch.get_num_threads() // 2))
+        self._quick = ThreadPoolExecutor(self._num_mask_threads, thread_name_prefix="servd-masks")
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="servd-slow-masks")
 
     def add(self, row: int, new: NewRequestData) -> None:
@@ -174,8 +177,8 @@ class Guides:
                 step.slow.append(self._slow.submit(entry.job.run))
             else:
                 quick.append(entry.job)
-        if quick:
-            step.quick = self._quick.submit(_run_all, quick)
+        num_parts = min(self._num_mask_threads, -(-len(quick) // MASKS_PER_THREAD))
+        step.quick = [self._quick.submit(_run_all, quick[part::num_parts]) for part in range(num_parts)]
         return step if step.entries else None
 
 
@@ -207,6 +210,7 @@ class _Compiler:
         known = self._compiled.get(text)
         if known is None:
             known = compile_grammar(text, self._vocabulary)
+            fill_mask(known, np.zeros(-(-self._vocab_size // 32), np.int32))  # the longest: each copy has its states
             self._compiled[text] = known
             self._num_bytes += len(text)
             while len(self._compiled) > MAX_COMPILED or self._num_bytes > MAX_COMPILED_BYTES:
