@@ -42,7 +42,7 @@ def load_vocabulary(path: Path, vocab_size: int, eos_token_ids: Sequence[int]) -
 
 
 def compile_grammar(text: str, vocabulary: LLTokenizer) -> LLMatcher:
-    """A matcher at the beginning of an answer; deep_copy() it for each. Releases the GIL. Raises GrammarError."""
+    """A matcher at the beginning of an answer, for one answer alone. Releases the GIL. Raises GrammarError."""
     matcher = LLMatcher(vocabulary, text, log_level=0, limits=LIMITS)
     check(matcher)
     return matcher

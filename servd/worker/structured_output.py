@@ -1,14 +1,13 @@
 """Masks of what constrained requests may be given, made on threads of their own while the model runs.
 
-Owns guides by row of the input batch, and the grammars compiled lately. A request whose grammar or mask is not ready in
-time gets no token in that step, and is planned again; the others never wait for it. Knows nothing of logits.
+Owns guides by row of the input batch. A request whose grammar or mask is not ready in time gets no token in that step,
+and is planned again; the others never wait for it. Knows nothing of logits.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLTokenizer
 
 from servd.grammar import GrammarError, compile_grammar, fill_mask, load_vocabulary
 from servd.outputs import NewRequestData
@@ -27,8 +26,6 @@ from servd.worker.guide import Constraints, Guide
 
 logger = logging.getLogger(__name__)
 
-MAX_COMPILED = 128  # grammars kept
-MAX_COMPILED_BYTES = 4 << 20  # of their texts; what the library makes of one is some ten times as large
 SLOW_SECONDS = 0.002  # a mask that takes longer is made apart, so that others do not queue behind it
 MASKS_PER_THREAD = 8  # fewer are not worth a thread
 MAX_MASK_THREADS = 8
@@ -188,36 +185,29 @@ def _run_all(jobs: list[_Job]) -> None:
 
 
 class _Compiler:
-    """Makes constraints, on one thread; remembers what it compiled lately."""
+    """Makes constraints, on one thread.
+
+    Each request gets a matcher compiled for it (1 ms for most): copies of one share the library's lexer, so that a
+    request could use up the states that another one needs, and would fail or not depending on who ran before.
+    """
 
     def __init__(self, vocab_size: int, tokenizer_path: Path | None) -> None:
         self._vocab_size = vocab_size
         self._tokenizer_path = tokenizer_path
         self._eos_token_ids: list[int] = []
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # the last used last
-        self._num_bytes = 0
 
     def build(self, new: NewRequestData) -> Constraints:
         """Raises GrammarError."""
         params = new.sampling_params
         self._eos_token_ids = new.eos_token_ids  # of every request the same
-        return Constraints(
-            None if params.guidance is None else self._matcher(params.guidance),
-            ForbiddenTexts(params.bad_words, self._token_bytes) if params.bad_words else None,
-        )
-
-    def _matcher(self, text: str) -> LLMatcher:
-        known = self._compiled.get(text)
-        if known is None:
-            known = compile_grammar(text, self._vocabulary)
-            fill_mask(known, np.zeros(-(-self._vocab_size // 32), np.int32))  # the longest: each copy has its states
-            self._compiled[text] = known
-            self._num_bytes += len(text)
-            while len(self._compiled) > MAX_COMPILED or self._num_bytes > MAX_COMPILED_BYTES:
-                self._num_bytes -= len(self._compiled.popitem(last=False)[0])
-        else:
-            self._compiled.move_to_end(text)
-        return known.deep_copy()
+        constraints = Constraints()
+        if params.guidance is not None:
+            constraints.matcher = compile_grammar(params.guidance, self._vocabulary)
+            # The first mask takes longest, and is found again.
+            fill_mask(constraints.matcher, np.zeros(-(-self._vocab_size // 32), np.int32))
+        if params.bad_words:
+            constraints.forbidden = ForbiddenTexts(params.bad_words, self._token_bytes)
+        return constraints
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,9 +15,10 @@ from jsonschema import Draft202012Validator
 
 from servd import LLM, SamplingParams
 from servd.engine import guidance
-from servd.errors import RequestFailedError
+from servd.errors import InvalidRequestError, RequestFailedError
 from servd.request import FinishReason
 from tests.e2e.schemas import SCHEMAS
+from tests.unit.engine.test_guidance import REFUSED
 
 SETTINGS = {"kv_cache_memory": 1 << 28, "max_model_len": 2048}
 PROMPT = "Write an example of the JSON document.\n"
@@ -89,6 +91,20 @@ def test_a_killed_worker_changes_no_token_of_a_constrained_answer(llm):
         for one, two in zip(expected, answers.result(), strict=True):
             assert one.answers[0].token_ids == two.answers[0].token_ids
         assert other.engine.metrics.worker_restarts._value.get() == 1
+
+
+def test_hostile_schemas_are_refused_while_others_get_their_tokens(llm):
+    plain = [params(i, max_tokens=150, ignore_eos=True) for i in range(8)]
+    expected = llm.generate([PROMPT] * 8, plain)
+    with ThreadPoolExecutor(1) as thread:
+        beside = thread.submit(llm.generate, [PROMPT] * 8, plain)
+        for name, schema in REFUSED.items():
+            began = time.monotonic()
+            with pytest.raises(InvalidRequestError) as caught:
+                llm.generate(PROMPT, params(0, guidance=guidance.from_json_schema(schema)))
+            assert caught.value.param == "guidance" and time.monotonic() - began < 2, name  # FAULTS rows 19 and 20
+        for one, two in zip(expected, beside.result(), strict=True):
+            assert one.answers[0].token_ids == two.answers[0].token_ids
 
 
 def test_a_grammar_that_meets_a_limit_fails_alone_and_the_others_keep_their_bits(llm):
