@@ -147,6 +147,16 @@ class Guides:
         entry = self._entries.get(row)
         return entry is None or (entry.job is None and entry.constraints.done())
 
+    def forced(self, row: int, tokens: Int32s, num_tokens: int) -> list[int]:
+        """What the row's grammar leaves no choice about behind its `num_tokens` known tokens; often empty."""
+        entry = self._entries.get(row)
+        if entry is None or entry.guide is None or entry.job is not None or entry.is_slow:
+            return []
+        try:
+            return entry.guide.forced(tokens[row, entry.new.num_prompt_tokens : num_tokens].tolist())
+        except GrammarError:
+            return []  # its mask will say so
+
     def begin(
         self, rows: Sequence[int], bounds: list[int], tokens: Int32s, num_tokens: Sequence[int]
     ) -> StepMasks | None:

@@ -144,6 +144,17 @@ def test_with_guesses_preemptions_and_chunks_each_gets_what_it_gets_alone(
     assert {int(name): until_end(sequence) for name, sequence in sequences.items()} == expected
 
 
+def test_what_a_grammar_forces_is_computed_in_one_step(tokenizer_path: Path) -> None:
+    prompt, options = make_prompt(1, 6), {"guidance": regex("[0-9]abcdabcdabcd[0-9]"), "seed": 1}
+    expected = alone(tokenizer_path, prompt, **options)
+    bench = Bench(tokenizer_path, knowing([], lambda _: 99))  # no guesses but these
+    a = bench.driver.add("a", prompt, **options)
+    bench.run(a, num_drafts=7)
+    assert until_end(a) == expected
+    assert max(len(output.sampled_token_ids) for output in a.outputs) > 4
+    assert sum(len(output.sampled_token_ids) > 0 for output in a.outputs) < len(expected)
+
+
 def test_while_a_grammar_is_compiled_the_others_go_on_and_nothing_is_lost(tokenizer_path: Path) -> None:
     bench = Bench(tokenizer_path)
     ready = threading.Event()
