@@ -14,12 +14,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from servd.engine.recovery import RestartBudget
+from servd.engine.request_log import RequestLog
 from servd.errors import ServdError, WorkerDied
 from servd.executor.base import Executor
 from servd.metrics import Metrics
-from servd.outputs import ModelRunnerOutput, SchedulerOutput
+from servd.outputs import ModelRunnerOutput, ScheduledRequests, SchedulerOutput
 from servd.request import FinishReason
-from servd.scheduler.scheduler import Scheduler, Update
+from servd.scheduler.plan import Update
+from servd.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger("servd.engine")
 step_logger = logging.getLogger("servd.steps")
@@ -40,6 +42,10 @@ class StepRecord:
     num_accepted_tokens: int  # of these, the ones that were right
     num_waiting: int
     compute_seconds: float
+    end_time: float  # time.monotonic() seconds
+    plan: ScheduledRequests  # what each request computed
+    sampled_request_ids: list[str]  # those whose drafts the next field counts
+    num_accepted_by_request: list[int]  # empty: none
 
 
 class EngineCore:
@@ -50,6 +56,7 @@ class EngineCore:
         scheduler: Scheduler,
         executor: Executor,
         metrics: Metrics,
+        request_log: RequestLog,
         *,
         on_updates: Callable[[list[Update]], list[str]],
         on_state: Callable[[str, ServdError | None], None],
@@ -61,6 +68,8 @@ class EngineCore:
         self.step_log: deque[StepRecord] = deque(maxlen=512)
         self._executor = executor
         self._metrics = metrics
+        self._request_log = request_log
+        scheduler.on_stopped = request_log.stopped
         self._on_updates = on_updates  # returns the requests that a stop string ended
         self._on_state = on_state
         self._restarts = RestartBudget(max_restarts)
@@ -126,8 +135,10 @@ class EngineCore:
             if not self._inflight:
                 self._progress_time = time.monotonic()
             future = self._executor.submit(plan)
+            self._request_log.planned(plan, self.scheduler.waiting_for)
             future.add_done_callback(self._step_done)
             self._inflight.append((plan, future))
+        self._request_log.waits_for(self.scheduler.waiting_for)
         self._count_scheduler()
 
     def _workers_died_idle(self, error: WorkerDied) -> None:
@@ -152,7 +163,9 @@ class EngineCore:
             self._progress_time, self._has_computed = time.monotonic(), True
             output = future.result()
             self._record(plan, output)
-            stopped = self._on_updates(self.scheduler.update_from_output(output))
+            updates = self.scheduler.update_from_output(output)
+            self._request_log.stepped(plan, output, updates)
+            stopped = self._on_updates(updates)
             for request_id in stopped:
                 self.scheduler.finish(request_id, FinishReason.STOP)
         return None
@@ -163,6 +176,7 @@ class EngineCore:
         self._has_computed = False
         workers_lost = isinstance(error, WorkerDied)
         logger.error("%s: %s", "the worker is lost and is restarted" if workers_lost else "a step is replayed", error)
+        self._request_log.steps_lost(workers_lost=workers_lost)
         self._on_updates(self.scheduler.recover(workers_lost=workers_lost))
         if workers_lost:
             self._on_state("recovering", None)
@@ -193,7 +207,8 @@ class EngineCore:
         num_decode = sum(1 for n in counts if n == 1)
         record = StepRecord(
             plan.step_id, len(counts), sum(counts) - num_decode, num_decode, output.num_draft_tokens,
-            sum(output.num_accepted_tokens), len(self.scheduler.waiting), output.compute_seconds,
+            sum(output.num_accepted_tokens), len(self.scheduler.waiting), output.compute_seconds, time.monotonic(),
+            plan.scheduled, output.request_ids, output.num_accepted_tokens,
         )  # fmt: skip
         self.step_log.append(record)
         self._metrics.step_time.observe(output.compute_seconds)
