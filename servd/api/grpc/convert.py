@@ -93,12 +93,12 @@ def answer_format_from(message: pb.SamplingParams) -> AnswerFormat | None:
             return None
 
 
-def with_guidance(params: SamplingParams, message: pb.SamplingParams) -> SamplingParams:
-    """The settings with the grammar that the message asks for. Raises InvalidRequestError."""
+def with_guidance(params: SamplingParams, message: pb.SamplingParams) -> tuple[SamplingParams, str]:
+    """The settings with the grammar that the message asks for, and the field that does. Raises InvalidRequestError."""
     answer_format = answer_format_from(message)
     if answer_format is None:
-        return params
-    return msgspec.structs.replace(params, guidance=grammar_of(answer_format))
+        return params, "sampling_params.guidance"
+    return msgspec.structs.replace(params, guidance=grammar_of(answer_format)), answer_format.param
 
 
 def prompt_from(request: pb.GenerateRequest) -> tuple[str, str | list[int]]:

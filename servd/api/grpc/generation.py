@@ -47,7 +47,8 @@ class GenerationCalls(pb_grpc.InferenceServicer):
         async with errors_as_status(context):
             self.service.check_model(request.model)
             params = self._params(request.sampling_params, DEFAULT_MAX_TOKENS)
-            params = convert.with_guidance(params, request.sampling_params)
+            params, param = convert.with_guidance(params, request.sampling_params)
+            await self.service.engine.check_guidance(params, param=param)
             field, prompt = convert.prompt_from(request)
             add_special_tokens = convert.or_true(request, "add_special_tokens")
             token_ids = await self.service.encode_prompt(prompt, add_special_tokens=add_special_tokens, param=field)

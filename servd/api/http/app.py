@@ -45,7 +45,7 @@ from servd.errors import ConfigError, ServdError
 KEEPALIVE_SECONDS = 75.0  # also what a client has to send the head of a request
 SHUTDOWN_SECONDS = 2.0  # handlers are done by then: the engine was drained before
 BACKLOG = 2048
-PROBES = frozenset(("/health", "/livez", "/readyz"))  # they carry no key
+PROBES = frozenset(("/health", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"))  # they carry no key
 
 _log = logging.getLogger("servd.http")
 _NO_ACCESS_LOG = logging.getLogger("servd.http.aiohttp_access")  # the middleware writes the one line a request

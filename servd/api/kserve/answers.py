@@ -39,6 +39,7 @@ async def replies_to(
     `deadline`: seconds that the transport leaves, None for no limit. Raises what the service raises, also in
     mid-stream.
     """
+    await service.engine.check_guidance(call.params, param=call.guidance_param)
     token_ids = await service.encode_prompt(call.text, param=TEXT_INPUT)
     limits = [seconds for seconds in (call.timeout, deadline) if seconds is not None]
     stream = service.generate(

@@ -55,6 +55,7 @@ class InferCall:
     outputs: tuple[str, ...]
     priority: int
     timeout: float | None  # seconds
+    guidance_param: str  # what errors call the field behind `params.guidance`
 
 
 def input_spec(name: str, datatype: str, shape: Sequence[int], where: str) -> TensorSpec:
@@ -117,7 +118,7 @@ def call_from(request: InferRequest, service: InferenceService) -> InferCall:
     outputs = _outputs(request.outputs, flags)
     return InferCall(
         request.id, text, _with_logprobs(params, outputs), streams, not excludes_input, outputs, settings.priority,
-        None if settings.timeout is None else settings.timeout / 1e6,
+        None if settings.timeout is None else settings.timeout / 1e6, settings.guidance_param,
     )  # fmt: skip
 
 

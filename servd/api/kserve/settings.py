@@ -84,11 +84,16 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         params.validate(vocab_size)
         return params
 
+    @property
+    def guidance_param(self) -> str:
+        """The field that asks for a grammar; if none does, the first that could."""
+        return next((name for name in _GUIDED if getattr(self, name) is not None), "guided_json")
+
     def _guidance(self) -> str | None:
         set_names = [name for name in _GUIDED if getattr(self, name) is not None]
         if not set_names:
             return None
-        name = set_names[0]
+        name = self.guidance_param
         if len(set_names) > 1:
             raise InvalidRequestError(f"{' and '.join(set_names)} are set; allowed: one of them", param=name)
         value = getattr(self, name)

@@ -196,7 +196,8 @@ GUIDANCE: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("kind", GUIDANCE)
 def test_each_kind_of_guidance_becomes_a_grammar(kind: str) -> None:
     fields, grammar = GUIDANCE[kind]
-    assert with_guidance(SamplingParams(), pb.SamplingParams(**fields)).guidance == grammar
+    params, param = with_guidance(SamplingParams(), pb.SamplingParams(**fields))
+    assert (params.guidance, param) == (grammar, f"sampling_params.{kind}")
 
 
 def test_unset_sampling_fields_keep_their_defaults() -> None:

@@ -159,6 +159,21 @@ def test_a_wrong_chat_names_the_field(case: str, tmp_path: Path) -> None:
     run(test)
 
 
+@pytest.mark.parametrize(
+    "kind, text", [("regex", "("), ("grammar", "start: nobody"), ("json_schema", '{"type": "nonsense"}')]
+)
+def test_a_grammar_that_cannot_be_followed_is_refused_by_its_field(kind: str, text: str, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as s:
+            error = await error_of(s.generate(**{kind: text}))
+            assert (error.code(), blamed_field(error)) == (
+                grpc.StatusCode.INVALID_ARGUMENT, f"sampling_params.{kind}"
+            )  # fmt: skip
+            await s.fake.wait_idle()
+
+    run(test)
+
+
 def test_an_empty_choice_is_refused_by_generate(tmp_path: Path) -> None:
     async def test() -> None:
         async with served(tmp_path) as s:

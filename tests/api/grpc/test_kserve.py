@@ -346,6 +346,8 @@ WRONG: dict[str, tuple[Any, Code, str]] = {
     "logprobs not computed": (
         request_of(flags={"return_logprobs": True}), Code.INVALID_ARGUMENT, "parameters.logprobs"
     ),
+    "a grammar that cannot be followed": (request_of(guided_regex="("), Code.INVALID_ARGUMENT, "guided_regex"),
+    "a schema that is no JSON": (request_of(guided_json="{"), Code.INVALID_ARGUMENT, "guided_json"),
     "two grammars": (request_of(guided_regex="a", guided_grammar="b"), Code.INVALID_ARGUMENT, "guided_regex"),
     "a stream in one reply": (request_of(flags={"stream": True}), Code.INVALID_ARGUMENT, "stream"),
     "a stream with its input": (
