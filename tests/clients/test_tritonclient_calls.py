@@ -82,7 +82,8 @@ def test_the_index_and_the_statistics(server: Server) -> None:
     over_http = triton_http.InferenceServerClient(f"127.0.0.1:{server.port}")
     (entry,) = over_grpc.get_model_repository_index(headers=headers()).models
     assert (entry.name, entry.state) == (MODEL, "READY")
-    assert over_http.get_model_repository_index(headers=headers()) == [{"name": MODEL, "version": "1", "state": "READY"}]
+    listed = over_http.get_model_repository_index(headers=headers())
+    assert listed == [{"name": MODEL, "version": "1", "state": "READY"}]
     (counts,) = over_grpc.get_inference_statistics(MODEL, headers=headers()).model_stats
     assert counts.inference_count > 0
     (shown,) = over_http.get_inference_statistics(MODEL, headers=headers())["model_stats"]
