@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import msgspec
 
-from servd.errors import InvalidRequestError
+from servd.errors import InvalidRequestError, UnsupportedError
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -22,6 +22,23 @@ MAX_N = 128
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 128
 POOLINGS = ("last", "mean", "cls")
+MAX_LENGTH_PENALTY = 10.0
+
+# Settings that beam search, which looks at the model's own log-probabilities, cannot honour; and what changes nothing.
+_NEUTRAL_FOR_BEAMS: dict[str, tuple[object, ...]] = {
+    "temperature": (0.0, 1.0),
+    "top_p": (1.0,),
+    "top_k": (0,),
+    "min_p": (0.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "repetition_penalty": (1.0,),
+    "logit_bias": (None, {}),
+    "stop": ((), []),
+    "allowed_token_ids": (None,),
+    "bad_words": ((), []),
+    "guidance": (None,),
+}
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -30,7 +47,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     n: answers to the same prompt. max_tokens: longest answer (None: what the context allows). min_tokens: end-of-text
     and stop ids are held back until so many tokens are there. temperature: 0 is greedy. top_k: 0 keeps all. logprobs:
     how many of the best alternatives to report with each token (None: no logprobs). prompt_logprobs: the same for
-    the prompt's tokens. seed: the draw at position p depends on (seed, p) alone.
+    the prompt's tokens. seed: the draw at position p depends on (seed, p) alone. best_of: so many answers are written,
+    and the n with the highest log-probability per token returned, all at the end. use_beam_search: the n best answers
+    of a search with best_of (or n) beams, as transformers' `generate` finds them; score: log-probability divided by
+    length ** length_penalty; early_stopping: false, true or "never", see servd.engine.beams.
 
     guidance: the answer ends where its grammar does. min_tokens and ignore_eos hold back its end only while the grammar
     leaves a choice; stop strings and stop ids end it wherever they come. bad_words: compared byte by byte, within
@@ -56,8 +76,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    shown_special_token_ids: tuple[int, ...] = ()  # which are not skipped all the same
     allowed_token_ids: tuple[int, ...] | None = None  # no other token is sampled
     bad_words: tuple[str, ...] = ()  # texts that the answer never holds
+    best_of: int | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     guidance: str | None = None  # a grammar that the answer follows; see servd.engine.guidance
     pooling: str | None = None  # the prompt's hidden states become one vector (last, mean, cls); nothing is sampled
 
@@ -65,6 +90,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def needs_every_position(self) -> bool:
         """Whether all of the prompt must be computed, however much of it is cached."""
         return self.prompt_logprobs is not None or self.pooling in ("mean", "cls")
+
+    @property
+    def num_sequences(self) -> int:
+        """Answers that are written, or beams that are followed, at once."""
+        return self.n if self.best_of is None else self.best_of
 
     @property
     def is_constrained(self) -> bool:
@@ -96,9 +126,34 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         self._validate_stops(vocab_size)
         self._validate_logit_bias(vocab_size)
         self._validate_constraints(vocab_size)
-        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "use_beam_search"):
             if not isinstance(getattr(self, name), bool):
                 _fail(name, repr(getattr(self, name)), "true or false")
+        if self.best_of is not None:
+            _check_int("best_of", self.best_of, self.n, MAX_N)
+        self._validate_beams(vocab_size)
+
+    def _validate_beams(self, vocab_size: int) -> None:
+        _check_float("length_penalty", self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            _fail("early_stopping", repr(self.early_stopping), 'true, false or "never"')
+        if not self.use_beam_search:
+            for name, default in (("length_penalty", 1.0), ("early_stopping", False)):
+                if getattr(self, name) != default:
+                    _fail(name, repr(getattr(self, name)), f"{default!r}, unless use_beam_search is true")
+            return
+        if 2 * self.num_sequences > vocab_size:
+            name = "n" if self.best_of is None else "best_of"
+            _fail(name, self.num_sequences, f"at most {vocab_size // 2} beams with this vocabulary")
+        if self.max_tokens == 0:
+            _fail("max_tokens", 0, "at least 1 with use_beam_search")
+        for name, neutral in _NEUTRAL_FOR_BEAMS.items():
+            if getattr(self, name) not in neutral:
+                raise UnsupportedError(
+                    f"{name} is {getattr(self, name)!r}; allowed with use_beam_search: "
+                    f"{' or '.join(repr(value) for value in neutral)}",
+                    param=name,
+                )
 
     def _validate_pooling(self) -> None:
         if self.pooling is None:

@@ -14,14 +14,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
+
 from servd.cache.kv_cache_manager import KVCacheManager
 from servd.config import EngineConfig
+from servd.engine.answers import new_answers
+from servd.engine.beam_search import BeamSearches
+from servd.engine.best_of import BestOf
 from servd.engine.core import EngineCore
 from servd.engine.input_processor import InputProcessor
 from servd.engine.output_processor import OutputProcessor
 from servd.engine.prefix_pins import PrefixPins
 from servd.engine.request_log import RequestLog
-from servd.engine.result_stream import ResultStream
+from servd.engine.result_stream import ResultStream, Sink
 from servd.engine.stats import EngineStats as EngineStats
 from servd.engine.tokenizer import Tokenizer
 from servd.errors import (
@@ -37,17 +42,15 @@ from servd.executor.base import EXECUTORS, Executor, ProgressCallback
 from servd.hub import ModelFiles
 from servd.metrics import Metrics
 from servd.outputs import WorkerInfo
-from servd.request import FinishReason, Request
+from servd.request import FinishReason
 from servd.sampling_params import SamplingParams
+from servd.scheduler.plan import Update
 from servd.scheduler.policies import POLICIES
-from servd.scheduler.scheduler import Scheduler, Update
+from servd.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger("servd.engine")
 
 T = TypeVar("T")
-
-_MASK64 = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the seeds of a request's n answers
 
 
 def with_max_model_len(config: EngineConfig, files: ModelFiles) -> EngineConfig:
@@ -60,6 +63,12 @@ def with_max_model_len(config: EngineConfig, files: ModelFiles) -> EngineConfig:
         raise ConfigError(f"--max-model-len is {asked}; allowed: at most the model's {limit}")
     model = dataclasses.replace(config.model, max_model_len=limit if asked is None else asked)
     return dataclasses.replace(config, model=model)
+
+
+def _started(part: T | None) -> T:
+    if part is None:
+        raise EngineUnavailableError("the engine is starting")
+    return part
 
 
 @dataclass(slots=True)
@@ -103,6 +112,7 @@ class AsyncEngine:
         self._inputs: InputProcessor | None = None
         self._outputs: OutputProcessor | None = None
         self._pins: PrefixPins | None = None
+        self._beams: BeamSearches | None = None
         self._task: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
         self._died = asyncio.Event()
@@ -135,8 +145,10 @@ class AsyncEngine:
             info.num_blocks, self.config.cache.block_size, enable_prefix_caching=self.config.cache.enable_prefix_caching
         )
         self._outputs = OutputProcessor(self.tokenizer, self.metrics)
+        scheduler = Scheduler(self.config.scheduler, cache)
+        self._beams = BeamSearches(scheduler)
         self._core = EngineCore(
-            Scheduler(self.config.scheduler, cache), self.executor, self.metrics, self.request_log,
+            scheduler, self.executor, self.metrics, self.request_log,
             on_updates=self._take_updates, on_state=self._change_state,
             max_restarts=self.config.parallel.max_worker_restarts,
             step_timeout=self.config.parallel.step_timeout, log_steps=self._log_steps,
@@ -226,34 +238,33 @@ class AsyncEngine:
                 f"priority is {priority}; allowed: 0, unless the server runs with --scheduling-policy priority",
                 param="priority",
             )
-        self.check_room(params.n)
+        count = params.n if params.use_beam_search else params.num_sequences
+        self.inputs.check_beams(params, self.config.scheduler.max_num_seqs)
+        self.check_room(params.num_sequences)
         if not prompt_token_ids:
             raise InvalidRequestError(f"{prompt_param} is empty; allowed: at least one token", param=prompt_param)
         if request_id in self._families:
             raise InvalidRequestError(f"request_id is {request_id!r}, which is running", param="request_id")
         stream = ResultStream(params.n, lambda: self.abort(request_id))
+        sink: Sink = stream
+        if count > params.n:
+            sink = BestOf(stream, params)
+            params = msgspec.structs.replace(params, logprobs=params.logprobs or 0)
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
-        answer_ids = [f"{request_id}#{index}" for index in range(params.n)]
-        # Answers share the prompt's blocks, unless each must compute all positions for the prompt's log-probabilities.
-        shares_prompt = params.prompt_logprobs is None
-        family = self._families[request_id] = _Family(list(answer_ids))
-        requests: list[Request] = []
-        for index, answer_id in enumerate(answer_ids):
-            request = Request(
-                answer_id, prompt_token_ids, params,
-                seed=(seed + index * _GOLDEN) & _MASK64,
-                eos_token_ids=self.tokenizer.eos_token_ids,
-                max_model_len=self.max_model_len,
-                priority=priority,
-                parent_id=answer_ids[0] if index and shares_prompt else None,
-                cache_salt=cache_salt,
-                pin_id=pin_id,
-            )  # fmt: skip
-            self._answers[answer_id] = request_id
-            outputs.add(request, index, stream)
-            core.scheduler.add(request)
-            requests.append(request)
-        records = self.request_log.begin(request_id, requests, stream.unread_since)
+        answers = new_answers(
+            request_id, count, prompt_token_ids, params,
+            seed=seed, eos_token_ids=self.tokenizer.eos_token_ids, max_model_len=self.max_model_len,
+            priority=priority, cache_salt=cache_salt, pin_id=pin_id,
+        )  # fmt: skip
+        family = self._families[request_id] = _Family([answer.request_id for answer in answers])
+        for index, answer in enumerate(answers):
+            self._answers[answer.request_id] = request_id
+            outputs.add(answer, index, sink)
+            if not params.use_beam_search:
+                core.scheduler.add(answer)
+        if params.use_beam_search:
+            self.beams.start(answers)
+        records = self.request_log.begin(request_id, answers, stream.unread_since)
         stream.on_unread = lambda index, since, seconds: records[index].unread(since, seconds)
         if timeout is not None:
             error = DeadlineExceededError(f"the deadline of {timeout:g} s passed")
@@ -294,23 +305,22 @@ class AsyncEngine:
     @property
     def core(self) -> EngineCore:
         """The engine loop. Raises EngineUnavailableError before `start()`."""
-        if self._core is None:
-            raise EngineUnavailableError("the engine is starting")
-        return self._core
+        return _started(self._core)
 
     @property
     def inputs(self) -> InputProcessor:
         """Tokenizes and checks requests. Raises EngineUnavailableError before `start()`."""
-        if self._inputs is None:
-            raise EngineUnavailableError("the engine is starting")
-        return self._inputs
+        return _started(self._inputs)
 
     @property
     def outputs(self) -> OutputProcessor:
         """The output processor. Raises EngineUnavailableError before `start()`."""
-        if self._outputs is None:
-            raise EngineUnavailableError("the engine is starting")
-        return self._outputs
+        return _started(self._outputs)
+
+    @property
+    def beams(self) -> BeamSearches:
+        """The beam searches. Raises EngineUnavailableError before `start()`."""
+        return _started(self._beams)
 
     @property
     def pins(self) -> PrefixPins:
@@ -322,16 +332,12 @@ class AsyncEngine:
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises EngineUnavailableError before `start()`."""
-        if self._tokenizer is None:
-            raise EngineUnavailableError("the engine is starting")
-        return self._tokenizer
+        return _started(self._tokenizer)
 
     @property
     def info(self) -> WorkerInfo:
         """What the worker reported. Raises EngineUnavailableError before `start()`."""
-        if self._info is None:
-            raise EngineUnavailableError("the engine is starting")
-        return self._info
+        return _started(self._info)
 
     @property
     def max_model_len(self) -> int:
@@ -342,6 +348,7 @@ class AsyncEngine:
     # -- the loop's callbacks --------------------------------------------------------------------------------------
 
     def _take_updates(self, updates: list[Update]) -> list[str]:
+        updates = self.beams.process(updates)
         stopped = self.outputs.process(updates)
         for update in updates:
             if update.finish_reason is not None:
@@ -372,6 +379,7 @@ class AsyncEngine:
             self._forget(answer_id, reason)
         for answer_id in answer_ids:  # all have been told: a scheduler that is broken can keep nobody waiting
             self.core.scheduler.finish(answer_id, reason)
+            self.beams.end(answer_id)
         if answer_ids:
             self.core.wake()
 

@@ -57,18 +57,34 @@ class InputProcessor:
         if not isinstance(request_id, str) or not is_utf8(request_id):
             raise InvalidRequestError(f"request_id is {request_id!r}; allowed: valid Unicode", param="request_id")
 
+    def check_beams(self, params: SamplingParams, max_num_seqs: int) -> None:
+        """Raise if a search has more beams than requests can run at once: some would wait in each of its steps."""
+        if params.use_beam_search and params.num_sequences > max_num_seqs:
+            field = "n" if params.best_of is None else "best_of"
+            raise InvalidRequestError(
+                f"{field} is {params.num_sequences}; allowed with use_beam_search: at most --max-num-seqs "
+                f"({max_num_seqs})",
+                param=field,
+            )
+
     def encode_chat(
         self,
         messages: list[dict[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Token ids of a conversation under the model's chat template; special tokens in its texts stay plain text."""
         if not messages:
             raise InvalidRequestError("messages is empty; allowed: at least one message", param="messages")
         token_ids = self._tokenizer.encode_chat(
-            messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+            tools=tools,
         )
         if not token_ids:
             raise InvalidRequestError("messages give an empty prompt under the chat template", param="messages")

@@ -152,7 +152,7 @@ class LLM:
         with _progress_bar(len(prompts), show) as advance:
 
             async def answer(prompt: Prompt, token_ids: list[int], one: SamplingParams) -> Generation:
-                async with self._room_for(one.n):
+                async with self._room_for(one.num_sequences):
                     generation = await self._generate(prompt, token_ids, one)
                     advance()
                     return generation

@@ -16,7 +16,7 @@ from servd.engine.answer_record import RESTART, AnswerRecord, StepFact
 from servd.errors import NotFoundError
 from servd.outputs import ModelRunnerOutput, SchedulerOutput
 from servd.request import FinishReason, Request
-from servd.scheduler.scheduler import Update
+from servd.scheduler.plan import Update
 
 MAX_FINISHED = 1000  # answers
 MAX_STEPS = 256  # that a stall is judged by

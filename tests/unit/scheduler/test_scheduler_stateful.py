@@ -40,6 +40,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.max_pinned = int((num_blocks - 1) * share) if caching else 0
         self.longest = min((num_blocks - 1 - self.max_pinned) * block, num_tokens)
         self.pins: dict[str, int] = {}  # name → blocks
+        self.kept: list[Request] = []  # complete, with blocks that a fork may take
 
     @rule(
         kind=st.integers(0, 2), length=st.integers(1, 30), max_tokens=st.integers(0, 12), n=st.integers(1, 3),
@@ -79,6 +80,28 @@ class SchedulerMachine(RuleBasedStateMachine):
         if name not in self.scheduler.requests:
             del self.pins[name]
             self.scheduler.cache.unpin(name)
+    @rule(length=st.integers(1, 30), priority=st.integers(0, 2))
+    def add_root_of_forks(self, length, priority):
+        prompt = [(5 * i) % 90 for i in range(min(length, self.longest - 1))]
+        params = SamplingParams(max_tokens=1)
+        request = Request(
+            f"r{len(self.everyone)}", prompt, params, max_model_len=self.longest, priority=priority, keeps_blocks=True
+        )
+        self.everyone[request.request_id] = request
+        self.scheduler.add(request)
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data(), tokens=st.lists(st.integers(0, 96), min_size=0, max_size=4))
+    def fork(self, data, tokens):
+        parent = self.kept.pop(data.draw(st.integers(0, len(self.kept) - 1)))
+        for token in tokens if parent.num_tokens < self.longest else ():
+            child = Request(
+                f"r{len(self.everyone)}", [*parent.prompt_token_ids, token], parent.sampling_params,
+                max_model_len=self.longest, priority=parent.priority, keeps_blocks=True,
+            )  # fmt: skip
+            self.everyone[child.request_id] = child
+            self.scheduler.fork(parent, child)
+        self.scheduler.release(parent)
 
     @precondition(lambda self: len(self.results) < 2)
     @rule()
@@ -101,6 +124,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for update in self.scheduler.update_from_output(self.results.pop(0)):
             if update.finish_reason is not None:
                 self.ended[update.request.request_id] = update.finish_reason
+            if update.finish_reason is FinishReason.LENGTH and update.request.keeps_blocks:
+                self.kept.append(update.request)
 
     @precondition(lambda self: self.scheduler.requests)
     @rule(data=st.data())
@@ -150,6 +175,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.plan()
             if self.results:
                 self.take_result()
+        for request in self.kept:
+            self.scheduler.release(request)
         assert not self.scheduler.has_work(), f"stuck: {list(self.scheduler.requests.values())}"
         assert set(self.ended) == set(self.everyone)
         for name in self.pins:
