@@ -39,7 +39,7 @@ class GenerationCalls(pb_grpc.InferenceServicer):
         """Settings of a call for which there is room in the queue."""
         defaults = {"max_tokens": max_tokens, **self.service.engine.sampling_defaults}
         params = convert.sampling_params_from(message, defaults)
-        self.service.engine.check_room(params.n)
+        self.service.engine.check_room(params.num_sequences)
         return params
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
@@ -51,7 +51,14 @@ class GenerationCalls(pb_grpc.InferenceServicer):
             await self.service.engine.check_guidance(params, param=param)
             field, prompt = convert.prompt_from(request)
             add_special_tokens = convert.or_true(request, "add_special_tokens")
+            kept = convert.kept_tokens_from(request)
+            if kept == -1:
+                kept = max(self.service.engine.max_model_len - (params.max_tokens or 0), 1)
+            if kept is not None and not isinstance(prompt, str):
+                prompt = prompt[-kept:]
             token_ids = await self.service.encode_prompt(prompt, add_special_tokens=add_special_tokens, param=field)
+            if kept is not None:
+                token_ids = token_ids[-kept:]
             await self._stream(request, context, token_ids, params, field, None)
 
     async def Chat(self, request: pb.ChatRequest, context: Context) -> None:
@@ -68,6 +75,8 @@ class GenerationCalls(pb_grpc.InferenceServicer):
                 add_generation_prompt=convert.or_true(request, "add_generation_prompt"),
                 continue_final_message=request.continue_final_message,
                 template_kwargs=convert.template_kwargs_from(request),
+                reasoning_effort=request.reasoning_effort or None,
+                truncate_prompt_tokens=convert.kept_tokens_from(request),
             )
             plan = await plan_chat(self.service, call)
             await self._stream(request, context, plan.prompt_token_ids, plan.params, "messages", plan.new_reader)

@@ -114,7 +114,7 @@ def call_from(request: InferRequest, service: InferenceService) -> InferCall:
     settings = settings_from(_merged(given))
     engine = service.engine
     params = settings.sampling_params(engine.tokenizer.vocab_size, engine.sampling_defaults)
-    engine.check_room(params.n)
+    engine.check_room(params.num_sequences)
     outputs = _outputs(request.outputs, flags)
     return InferCall(
         request.id, text, _with_logprobs(params, outputs), streams, not excludes_input, outputs, settings.priority,

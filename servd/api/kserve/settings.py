@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from servd.api.answer_format import grammar_of
 from servd.api.chat.call import AnswerFormat
+from servd.api.chat.tools import format_text
 from servd.errors import InvalidRequestError, UnsupportedError
 from servd.sampling_params import SamplingParams
 
@@ -73,8 +73,6 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             )
         given: dict[str, Any] = {**defaults}
         given |= {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
-        for name in given.keys() - set(SamplingParams.__struct_fields__):
-            raise UnsupportedError(f"{name} is set; servd does not honour it", param=name)
         given |= {name: tuple(given[name]) for name in _LISTS if name in given}
         if self.stop is not None:
             given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -99,7 +97,7 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         value = getattr(self, name)
         if name == "guided_json" and isinstance(value, str):
             value = json_object(value, name)
-        return grammar_of(AnswerFormat(_GUIDED[name], value, name))  # type: ignore[arg-type]
+        return format_text(AnswerFormat(_GUIDED[name], value, name))  # type: ignore[arg-type]
 
 
 _LISTS = ("stop_token_ids", "allowed_token_ids", "bad_words")
