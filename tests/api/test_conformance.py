@@ -373,6 +373,7 @@ SAME: dict[str, dict[str, Any]] = {
     "logit_bias": {"logit_bias": {120: 100.0}, "max_tokens": 5, "seed": 1},
     "penalties": {"presence_penalty": 1.0, "frequency_penalty": -1.0, "repetition_penalty": 1.2, "seed": 2},
     "several answers": {"n": 3, "seed": 5, "max_tokens": 12},
+    "beams": {"use_beam_search": True, "best_of": 3, "n": 2, "length_penalty": 0.5, "max_tokens": 6},
     "log-probabilities": {"logprobs": 2, "seed": 5, "max_tokens": 12},
 }
 
@@ -382,6 +383,7 @@ SAME: dict[str, dict[str, Any]] = {
 def test_the_same_request_gives_the_same_answer(case: str, replies: dict[str, str], tmp_path: Path) -> None:
     async def test() -> None:
         async with fronts(tmp_path, replies=replies) as f:
+            f.fake.engine.sampling_defaults = {"top_k": 50}  # as from a model's generation_config.json
             told = {}
             for name, ask in DIALECTS.items():
                 with suppress(UnsayableError):

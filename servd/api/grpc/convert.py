@@ -55,12 +55,15 @@ def or_true(request: Any, field: str) -> bool:
     return value if request.HasField(field) else True
 
 
-def sampling_params_from(message: pb.SamplingParams, defaults: Mapping[str, float | None]) -> SamplingParams:
-    """Sampling settings of a call; what the client did not set is taken from `defaults`, then from SamplingParams.
+def sampling_params_from(
+    message: pb.SamplingParams, defaults: Mapping[str, Any], *, max_tokens: int | None
+) -> SamplingParams:
+    """Sampling settings of a call; what the client did not set is taken from `defaults`, the model's own.
 
-    `guidance` is left to `answer_format_from`. Raises InvalidRequestError.
+    A beam search does not sample: they are not for it. `guidance` is left to `answer_format_from`. Raises
+    InvalidRequestError.
     """
-    settings: dict[str, Any] = {**defaults}
+    settings: dict[str, Any] = {"max_tokens": max_tokens, **({} if message.use_beam_search else defaults)}
     settings |= {name: getattr(message, name) for name in _OPTIONAL_FIELDS if message.HasField(name)}
     if message.early_stopping not in _EARLY_STOPPING:
         raise InvalidRequestError(

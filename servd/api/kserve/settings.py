@@ -71,7 +71,7 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             raise UnsupportedError(
                 "prompt_logprobs is set; no output tensor could hold them", param="prompt_logprobs"
             )
-        given: dict[str, Any] = {**defaults}
+        given: dict[str, Any] = {} if self.use_beam_search else {**defaults}  # which are for sampling
         given |= {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
         given |= {name: tuple(given[name]) for name in _LISTS if name in given}
         if self.stop is not None:

@@ -209,7 +209,7 @@ def test_every_sampling_field_reaches_the_engine() -> None:
         length_penalty=0.5, early_stopping=pb.EARLY_STOPPING_NEVER,
     )  # fmt: skip
     assert {field.name for field, _ in message.ListFields()} == set(SamplingParams.__struct_fields__) - INTERNAL
-    assert sampling_params_from(message, {"max_tokens": 16}) == SamplingParams(
+    assert sampling_params_from(message, {}, max_tokens=16) == SamplingParams(
         n=2, max_tokens=3, min_tokens=1, temperature=0.3, top_p=0.7, top_k=5, min_p=0.1, presence_penalty=0.5,
         frequency_penalty=-0.5, repetition_penalty=1.1, logit_bias={7: -1.5}, stop=("a",), stop_token_ids=(9,),
         include_stop_str_in_output=True, ignore_eos=True, seed=-4, logprobs=0, prompt_logprobs=2,
@@ -235,8 +235,8 @@ def test_each_kind_of_guidance_becomes_a_grammar(kind: str) -> None:
 
 
 def test_unset_sampling_fields_keep_their_defaults() -> None:
-    assert sampling_params_from(pb.SamplingParams(), {"max_tokens": 16}) == SamplingParams()
-    greedy = sampling_params_from(pb.SamplingParams(temperature=0.0), {"max_tokens": None, "temperature": 0.7})
+    assert sampling_params_from(pb.SamplingParams(), {}, max_tokens=16) == SamplingParams()
+    greedy = sampling_params_from(pb.SamplingParams(temperature=0.0), {"temperature": 0.7}, max_tokens=None)
     assert greedy == SamplingParams(temperature=0.0, max_tokens=None)
 
 
