@@ -112,15 +112,30 @@ def with_guidance(params: SamplingParams, message: pb.SamplingParams) -> tuple[S
     return msgspec.structs.replace(params, guidance=format_text(answer_format)), answer_format.param
 
 
-def prompt_from(request: pb.GenerateRequest) -> tuple[str, str | list[int]]:
-    """The name of the field that holds the prompt, and the prompt. Raises InvalidRequestError if none is set."""
-    match request.WhichOneof("prompt"):
+def prompt_from(
+    message: Any, oneof: str, max_tokens: int, *, before: str = "", kept: int | None = None
+) -> tuple[str, str | list[int]]:
+    """The name of the field that holds a prompt, and the prompt: a text, or the last `kept` of its token ids.
+
+    `before`: what the client's path to the oneof begins with. Raises InvalidRequestError if none is set, or for more
+    than `max_tokens` ids: millions are not looked at one by one.
+    """
+    match message.WhichOneof(oneof):
         case "text":
-            return "text", request.text
+            return f"{before}text", message.text
         case "token_ids":
-            return "token_ids", list(request.token_ids.ids)
+            ids = message.token_ids.ids
+            if kept is None and len(ids) > max_tokens:
+                raise InvalidRequestError(
+                    f"{before}token_ids has {len(ids)} tokens; allowed: at most {max_tokens - 1}",
+                    param=f"{before}token_ids",
+                )
+            return f"{before}token_ids", list(ids if kept is None else ids[-kept:])
         case _:
-            raise InvalidRequestError("prompt is not set; set text or token_ids", param="prompt")
+            fields = ", ".join(field.name for field in message.DESCRIPTOR.oneofs_by_name[oneof].fields)
+            raise InvalidRequestError(
+                f"{before}{oneof} is not set; allowed: one of {fields}", param=f"{before}{oneof}"
+            )
 
 
 def kept_tokens_from(request: Any) -> int | None:

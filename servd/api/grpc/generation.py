@@ -48,13 +48,11 @@ class GenerationCalls(pb_grpc.InferenceServicer):
             params = self._params(request.sampling_params, DEFAULT_MAX_TOKENS)
             params, param = convert.with_guidance(params, request.sampling_params)
             await self.service.engine.check_guidance(params, param=param)
-            field, prompt = convert.prompt_from(request)
-            add_special_tokens = convert.or_true(request, "add_special_tokens")
-            kept = convert.kept_tokens_from(request)
+            limit, kept = self.service.engine.max_model_len, convert.kept_tokens_from(request)
             if kept == -1:
-                kept = max(self.service.engine.max_model_len - (params.max_tokens or 0), 1)
-            if kept is not None and not isinstance(prompt, str):
-                prompt = prompt[-kept:]
+                kept = max(limit - (params.max_tokens or 0), 1)
+            field, prompt = convert.prompt_from(request, "prompt", limit, kept=kept)
+            add_special_tokens = convert.or_true(request, "add_special_tokens")
             token_ids = await self.service.encode_prompt(prompt, add_special_tokens=add_special_tokens, param=field)
             if kept is not None:
                 token_ids = token_ids[-kept:]
