@@ -63,6 +63,11 @@ class GenerationCalls(pb_grpc.InferenceServicer):
         async with errors_as_status(context):
             self.service.check_model(request.model)
             params = self._params(request.sampling_params, None)
+            if request.continue_final_message and request.add_generation_prompt:
+                raise InvalidRequestError(
+                    "continue_final_message and add_generation_prompt are true; allowed: one of the two",
+                    param="continue_final_message",
+                )
             call = ChatCall(
                 convert.chat_messages_from(request.messages, "messages"),
                 params,

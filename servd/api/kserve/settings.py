@@ -17,6 +17,7 @@ from servd.errors import InvalidRequestError, UnsupportedError
 from servd.sampling_params import SamplingParams
 
 MAX_PRIORITY = 1 << 31
+MAX_SALT_CHARS = 256
 
 _PATH = re.compile(r" - at `(?:key in `)?\$\.?(?P<path>[^`]*)`$")
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`", re.DOTALL)
@@ -30,10 +31,12 @@ _GUIDED = {
 
 
 class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What may be set; the first two are the protocol's, all others are vLLM's."""
+    """What may be set; priority and timeout are the protocol's, all others are vLLM's."""
 
     priority: int = 0
     timeout: int | None = None  # microseconds
+    cache_salt: str = ""
+    truncate_prompt_tokens: int | None = None  # the last ones are kept; -1: as many as the context has room for
     triton_enable_empty_final_response: bool = False  # no effect: the last reply is never an empty one
     n: int | None = None
     best_of: int | None = None
@@ -126,6 +129,16 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
     if settings.timeout is not None and settings.timeout < 1:
         raise InvalidRequestError(
             f"timeout is {settings.timeout}; allowed: at least 1 (microseconds)", param="timeout"
+        )
+    if len(settings.cache_salt) > MAX_SALT_CHARS:
+        raise InvalidRequestError(
+            f"cache_salt has {len(settings.cache_salt)} characters; allowed: at most {MAX_SALT_CHARS}",
+            param="cache_salt",
+        )
+    kept = settings.truncate_prompt_tokens
+    if kept is not None and kept != -1 and kept < 1:
+        raise InvalidRequestError(
+            f"truncate_prompt_tokens is {kept}; allowed: -1, or at least 1", param="truncate_prompt_tokens"
         )
     return settings
 

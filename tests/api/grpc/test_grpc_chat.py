@@ -151,6 +151,9 @@ WRONG: dict[str, tuple[pb.ChatRequest, str]] = {
     "variables without end": (
         asked(chat_template_kwargs=struct_of({"x": [1] * 20_000})), "chat_template_kwargs"
     ),
+    "goes on and begins": (
+        asked(continue_final_message=True, add_generation_prompt=True), "continue_final_message"
+    ),
     "keep no token": (asked(truncate_prompt_tokens=0), "truncate_prompt_tokens"),
     "unknown effort": (asked(reasoning_effort="enormous"), "reasoning_effort"),
     "long salt": (asked(cache_salt="x" * 300), "cache_salt"),
