@@ -116,6 +116,12 @@ class ServerConfig:
     grpc_port: int = flag(8001, "gRPC port; 0 picks a free one, -1 turns gRPC off")
     api_key: str | None = flag(None, "clients must send this key (also from SERVD_API_KEY); default: none needed")
     max_body_bytes: int = flag(8 << 20, "largest request body", unit="bytes")
+    sse_keep_alive: float = flag(15.0, "an event stream that waits gets a comment this often; 0: never", unit="seconds")
+    resume_seconds: float = flag(
+        30.0, "a resumable stream (stream_options.resumable) goes on for so long without a client; 0: none are allowed",
+        unit="seconds",
+    )
+    resume_buffer_bytes: int = flag(64 << 20, "most that is kept of all resumable streams", unit="bytes")
     shutdown_grace: float = flag(30.0, "time that running requests get after SIGTERM", unit="seconds")
     log_level: str = flag("info", "least severe log line shown", choices=("debug", "info", "warning", "error"))
     log_steps: bool = flag(False, "log one line a step: what was in the batch")

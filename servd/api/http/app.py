@@ -16,10 +16,20 @@ from aiohttp import web
 
 from servd import __version__
 from servd.api.http import routes
-from servd.api.http.context import BODY_TIMEOUT, ENGINE_FEED, SERVER_CONFIG, SERVICE, WRITE_TIMEOUT
+from servd.api.http.context import (
+    BODY_TIMEOUT,
+    ENGINE_FEED,
+    KEEP_ALIVE,
+    RESUMABLE_STREAMS,
+    SERVER_CONFIG,
+    SERVICE,
+    WRITE_TIMEOUT,
+)
 from servd.api.http.errors import BadHTTPError, as_servd_error, error_response
+from servd.api.http.event_stream import resume_streams
 from servd.api.http.middleware import add_headers, check_access, errors_as_json, identify_and_log
-from servd.api.http.openapi import API_DOCUMENT, ApiDocument, Endpoint
+from servd.api.http.openapi import API_DOCUMENT, ApiDocument
+from servd.api.http.resumable_streams import ResumableStreams
 from servd.api.service import InferenceService
 from servd.config import ServerConfig
 from servd.engine.observer import EngineFeed, EngineObserver
@@ -109,12 +119,16 @@ def create_app(
 ) -> web.Application:
     """The application with all routes of `servd.api.http.routes`. Timeouts are in seconds."""
     app = web.Application(
-        middlewares=[identify_and_log, errors_as_json, check_access], client_max_size=server_config.max_body_bytes
+        middlewares=[identify_and_log, errors_as_json, check_access, resume_streams],
+        client_max_size=server_config.max_body_bytes,
     )
     app[SERVICE] = service
     app[SERVER_CONFIG] = server_config
     app[WRITE_TIMEOUT] = write_timeout
     app[BODY_TIMEOUT] = body_timeout
+    app[KEEP_ALIVE] = server_config.sse_keep_alive
+    app[RESUMABLE_STREAMS] = ResumableStreams(server_config.resume_seconds, server_config.resume_buffer_bytes)
+    app.on_shutdown.append(_close_resumable_streams)
     app.on_response_prepare.append(add_headers)
     endpoints = [endpoint for route_file in discover_routes() for endpoint in route_file]
     app.router.add_routes(endpoints)
@@ -123,7 +137,11 @@ def create_app(
     return app
 
 
-def discover_routes() -> list[list[Endpoint]]:
+async def _close_resumable_streams(app: web.Application) -> None:
+    await app[RESUMABLE_STREAMS].close()
+
+
+def discover_routes() -> list[list[web.AbstractRouteDef]]:
     """`ROUTES` of each file in the routes folder: a new endpoint is a new file there."""
     names = sorted(module.name for module in pkgutil.iter_modules(routes.__path__))
     return [importlib.import_module(f"{routes.__name__}.{name}").ROUTES for name in names]

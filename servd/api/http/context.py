@@ -11,6 +11,7 @@ from aiohttp import web
 
 from servd import __version__
 from servd.api.access import Caller
+from servd.api.http.resumable_streams import ResumableStreams
 from servd.api.service import InferenceService
 from servd.config import ServerConfig
 from servd.engine.observer import EngineFeed
@@ -19,6 +20,8 @@ SERVICE = web.AppKey("service", InferenceService)
 SERVER_CONFIG = web.AppKey("server_config", ServerConfig)
 ENGINE_FEED = web.AppKey("engine_feed", EngineFeed)
 WRITE_TIMEOUT = web.AppKey("write_timeout", float)  # seconds that a client may leave its replies unread
+KEEP_ALIVE = web.AppKey("keep_alive", float)  # seconds without an event before a comment is sent; 0: none
+RESUMABLE_STREAMS = web.AppKey("resumable_streams", ResumableStreams)
 BODY_TIMEOUT = web.AppKey("body_timeout", float)  # seconds that a body may take to arrive
 REQUEST_ID = web.RequestKey("request_id", str)
 ARRIVAL = web.RequestKey("arrival", float)  # time.monotonic() seconds

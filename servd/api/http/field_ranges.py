@@ -8,14 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from servd.api.http.messages import ChatMessage
-from servd.api.http.schema import (
-    MAX_DEADLINE_MS,
-    MAX_PRIORITY,
-    MAX_SALT_CHARS,
-    ChatCompletionRequest,
-    CompletionRequest,
-    GenerationRequest,
-)
+from servd.api.http.schema import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from servd.api.http.schema.generation import MAX_DEADLINE_MS, MAX_PRIORITY, MAX_SALT_CHARS
 from servd.sampling_params import (
     MAX_LOGIT_BIASES,
     MAX_LOGPROBS,

@@ -107,8 +107,8 @@ class Endpoint(web.AbstractRouteDef):
 class ApiDocument:
     """The document of a set of endpoints, made once when somebody first asks."""
 
-    def __init__(self, endpoints: Iterable[Endpoint]) -> None:
-        self._endpoints = [endpoint for endpoint in endpoints if not endpoint.operation.hidden]
+    def __init__(self, endpoints: Iterable[web.AbstractRouteDef]) -> None:
+        self._endpoints = [e for e in endpoints if isinstance(e, Endpoint) and not e.operation.hidden]
 
     @cached_property
     def json(self) -> bytes:

@@ -44,13 +44,15 @@ class Reply:
         return body["error"]
 
     def events(self) -> list[Any]:
-        """The SSE events of a streamed reply; '[DONE]' stays a string."""
+        """The SSE events of a streamed reply, whose ids count from 1; '[DONE]' stays a string."""
         assert self.headers["Content-Type"].startswith("text/event-stream"), (self.headers, self.body)
         assert self.body.endswith(b"\n\n"), self.body[-80:]
         events = []
-        for event in self.body.decode().split("\n\n")[:-1]:
-            assert event.startswith("data: ") and "\n" not in event, event
-            data = event.removeprefix("data: ")
+        for number, event in enumerate(self.body.decode().split("\n\n")[:-1], start=1):
+            id_line, data_line = event.split("\n")
+            assert id_line.startswith("id: ") and id_line.endswith(f":{number}"), event
+            assert data_line.startswith("data: "), event
+            data = data_line.removeprefix("data: ")
             events.append(data if data == "[DONE]" else json.loads(data))
         return events
 

@@ -1,0 +1,71 @@
+"""Checks of single fields, whose errors name the field, its value and what is allowed.
+
+Knows nothing of which endpoint has which field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+from servd.errors import InvalidRequestError
+from servd.sampling_params import MAX_LOGIT_BIASES, MAX_STOP_CHARS, MAX_STOP_TOKEN_IDS
+
+
+@contextmanager
+def renamed(name: str, client_name: str) -> Iterator[None]:
+    """Errors about `name` speak of the field as the client called it."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if error.param != name or name == client_name:
+            raise
+        raise InvalidRequestError(error.message.replace(name, client_name, 1), param=client_name) from None
+
+
+def logit_bias(biases: dict[str, float] | None) -> dict[int, float] | None:
+    if biases is None:
+        return None
+    check_count("logit_bias", biases, MAX_LOGIT_BIASES)
+    for key in biases:
+        if not (key.isascii() and key.removeprefix("-").isdigit() and len(key) <= 20):
+            raise InvalidRequestError(
+                f"logit_bias has the key {key[:100]!r}; allowed: token ids written as decimal numbers",
+                param="logit_bias",
+            )
+    return {int(key): bias for key, bias in biases.items()}
+
+
+def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    for text in stops[:64]:  # more than that is refused for its number
+        check_length("stop", text, 0, MAX_STOP_CHARS, "characters in a string")
+    return stops
+
+
+def stop_token_ids(token_ids: list[int] | None) -> tuple[int, ...]:
+    check_count("stop_token_ids", token_ids or (), MAX_STOP_TOKEN_IDS)
+    return tuple(token_ids or ())
+
+
+def check_range(field: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise InvalidRequestError(f"{field} is {value}; allowed: {low} to {high}", param=field)
+
+
+def check_length(field: str, value: str, low: int, high: int, unit: str) -> None:
+    if not low <= len(value) <= high:
+        raise InvalidRequestError(f"{field} has {len(value)} {unit}; allowed: {low} to {high}", param=field)
+
+
+def check_count(field: str, values: Any, high: int) -> None:
+    if len(values) > high:
+        raise InvalidRequestError(f"{field} has {len(values)} entries; allowed: at most {high}", param=field)
+
+
+def shown(value: Any) -> str:
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= 80 else f"{text[:77]}..."
