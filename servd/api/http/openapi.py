@@ -174,10 +174,7 @@ def _responses(operation: Operation, refs: Mapping[Any, dict[str, Any]]) -> dict
     if operation.reply is not None:
         content[JSON] = {"schema": refs[operation.reply]}
     if operation.events is not None:
-        content[EVENTS] = {
-            "schema": {"type": "string", "description": "events whose data is JSON of the schema beside"},
-            "x-event-schema": refs[operation.events],
-        }
+        content[EVENTS] = {"schema": _event({"anyOf": [refs[operation.events], refs[ErrorReply]]})}
     if not content:
         content[operation.media_type] = {"schema": {"type": "string"}}
     responses: dict[str, Any] = {"200": {"description": "as asked", "content": content}}
@@ -188,6 +185,26 @@ def _responses(operation: Operation, refs: Mapping[Any, dict[str, Any]]) -> dict
             "description": http.HTTPStatus(status).phrase, "content": {JSON: {"schema": refs[reply]}}
         }  # fmt: skip
     return responses
+
+
+def _event(data: dict[str, Any]) -> dict[str, Any]:
+    """The schema of one server-sent event, whose data is the text of JSON."""
+    return {
+        "type": "object",
+        "description": "One event of the stream. A stream of an answer ends with an event whose data is [DONE]; one "
+        "that fails, with an event whose data is an ErrorReply.",
+        "required": ["data"],
+        "properties": {
+            "id": {"type": "string"},
+            "event": {"type": "string"},
+            "data": {
+                "anyOf": [
+                    {"const": "[DONE]"},
+                    {"type": "string", "contentMediaType": JSON, "contentSchema": data},
+                ]
+            },
+        },
+    }
 
 
 def _failures(operation: Operation) -> dict[int, str]:
