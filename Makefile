@@ -19,9 +19,10 @@ KERNEL_SOURCES := kernels/servd_kernels/build.py \
 # Tests and linters are installed once, by whichever target first asks for them.
 SERVE_STAMP := $(VENV)/.stamp-serve
 DEV_STAMP := $(VENV)/.stamp-dev
+WEB_STAMP := $(VENV)/.stamp-web
 KERNEL_STAMP := $(VENV)/.stamp-kernels
 
-.PHONY: help setup serve test lint bench-peers clean
+.PHONY: help setup serve test test-web lint bench-peers clean
 .DELETE_ON_ERROR:
 
 help: ## show this
@@ -34,6 +35,9 @@ serve: $(SERVE_STAMP) $(KERNEL_STAMP) ## install, fetch the starter model once, 
 
 test: setup ## the whole test suite, fast folders first (or ARGS="tests/unit/hub -k name")
 	$(BIN)/python -m pytest $(ARGS)
+
+test-web: $(WEB_STAMP) $(KERNEL_STAMP) ## the pages in headless Chromium, and schemathesis (Debian: apt install chromium)
+	$(BIN)/python -m pytest tests/web $(ARGS)
 
 lint: setup ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -61,6 +65,10 @@ $(SERVE_STAMP): $(BUILD_INPUTS) | $(BIN)/python
 $(DEV_STAMP): $(BUILD_INPUTS) | $(BIN)/python
 	$(BIN)/python -m pip install -c deploy/constraints.txt $(PIP_EXTRA_ARGS) -e '.[test,lint]'
 	@touch $@ $(SERVE_STAMP)
+
+$(WEB_STAMP): $(DEV_STAMP)
+	$(BIN)/python -m pip install -c deploy/constraints.txt $(PIP_EXTRA_ARGS) -e '.[web]'
+	@touch $@
 
 # Without a compiler servd runs, slowly, on torch alone; build.py says so.
 $(KERNEL_STAMP): $(KERNEL_SOURCES) | $(BIN)/python
