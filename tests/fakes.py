@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from servd.outputs import ModelRunnerOutput, NewRequestData, SchedulerOutput, To
 from servd.sampling_params import SamplingParams
 
 EOS = 256
+HIDDEN_SIZE = 8
 VOCAB_SIZE = 257
 TEMPLATE_ERROR = "<template error>"  # a message with this text makes the chat template refuse
 
@@ -34,6 +36,8 @@ class ByteTokenizer:
     bos_token_id: int | None = None
     num_stripped_spaces = 0
     has_chat_template = True
+    template_variables: frozenset[str] = frozenset()
+    template_source = ""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
@@ -48,11 +52,15 @@ class ByteTokenizer:
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def token_id(self, text: str) -> int | None:
+        return None
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
@@ -60,6 +68,8 @@ class ByteTokenizer:
             raise InvalidRequestError("messages are refused by the chat template", param="messages")
         extra = f"[{json.dumps(dict(template_kwargs), sort_keys=True)}]\n" if template_kwargs else ""
         turns = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        if continue_final_message:
+            return extra + turns.removesuffix("\n")
         return extra + turns + ("assistant: " if add_generation_prompt else "")
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
@@ -78,6 +88,7 @@ class FakeRequest:
     stop_token_ids: list[int]
     block_ids: list[int]
     max_total_tokens: int
+    num_pooled: int = 0  # prompt positions seen since it started, if it is pooled
 
     @property
     def num_output_tokens(self) -> int:
@@ -137,7 +148,7 @@ class FakeExecutor(Executor):
         self.requests.clear()
         self._kv.clear()
         self._task = asyncio.create_task(self._run())
-        return WorkerInfo("fake", "float32", self.num_blocks, 1024, "fake")
+        return WorkerInfo("fake", "float32", self.num_blocks, 1024, "fake", hidden_size=HIDDEN_SIZE)
 
     def submit(self, plan: SchedulerOutput) -> asyncio.Future[ModelRunnerOutput]:
         future: asyncio.Future[ModelRunnerOutput] = asyncio.get_running_loop().create_future()
@@ -155,6 +166,10 @@ class FakeExecutor(Executor):
         self._stop(error)
         if was_idle and self.on_idle_death is not None:
             self.on_idle_death(error)
+
+    async def kill(self) -> bool:
+        self._stop(WorkerDied("the fake worker was killed"))
+        return True
 
     async def close(self) -> None:
         task = self._task
@@ -220,6 +235,7 @@ class FakeExecutor(Executor):
             if len(request.token_ids) == request.max_total_tokens > request.num_prompt_tokens:
                 continue  # drafts brought its last token after this was planned
             self._compute(request, start, start + count)
+            self._pool(request, start, start + count, output)
             if request.params.prompt_logprobs is not None:
                 output.prompt_logprobs[request_id] = [
                     _logprobs(request.token_ids[p + 1], request.params.prompt_logprobs)
@@ -232,6 +248,16 @@ class FakeExecutor(Executor):
         if not output.num_draft_tokens:
             output.num_accepted_tokens.clear()
         return output
+
+    def _pool(self, request: FakeRequest, start: int, end: int, output: ModelRunnerOutput) -> None:
+        """The vector of a pooled prompt, once all of it that its pooling needs was computed."""
+        pooling = request.params.pooling
+        if pooling is None:
+            return
+        request.num_pooled += end - start
+        if end == request.num_prompt_tokens:
+            assert pooling == "last" or request.num_pooled == end, f"{pooling} saw {request.num_pooled} of {end}"
+            output.embeddings[request.request_id] = fake_embedding(request.token_ids, pooling).tobytes()
 
     def _sample_all(self, request: FakeRequest, num_drafts: int, output: ModelRunnerOutput) -> None:
         """The next token, and as many more as a guess that is sometimes right gives."""
@@ -288,6 +314,12 @@ class FakeExecutor(Executor):
         return self.next_token(request)
 
 
+def fake_embedding(token_ids: Sequence[int], pooling: str) -> array[float]:
+    """Before it is cut and normalized: depends on every token and on the pooling."""
+    base = sum((i + 1) * t for i, t in enumerate(token_ids)) + len(pooling) * ord(pooling[0])
+    return array("f", ((base * (k + 1)) % 97 - 48.0 for k in range(HIDDEN_SIZE)))
+
+
 def _logprobs(token_id: int, num_top: int) -> TokenLogprobs:
     """Made-up values: the token is the likeliest, its successors in the vocabulary follow."""
     top = [(token_id + k) % VOCAB_SIZE for k in range(num_top)]
@@ -302,6 +334,7 @@ class FakeEngine:
     settings: dict[str, Any] = field(default_factory=dict)  # flat EngineConfig names
     max_position_embeddings: int = 2048
     executor_options: dict[str, Any] = field(default_factory=dict)  # keywords of FakeExecutor
+    tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
 
     async def __aenter__(self) -> FakeEngine:
         (self.folder / "config.json").write_text(
@@ -310,7 +343,7 @@ class FakeEngine:
         config = EngineConfig.from_flat(**self.settings)
         self.executor = FakeExecutor(config, **self.executor_options)
         files = ModelFiles("fake", self.folder, ())
-        self.engine = AsyncEngine(config, files, ByteTokenizer(), self.executor)  # type: ignore[arg-type]
+        self.engine = AsyncEngine(config, files, self.tokenizer, self.executor)  # type: ignore[arg-type]
         await self.engine.start()
         return self
 

@@ -13,7 +13,7 @@ from servd.api.http.context import CALLER, RESUMABLE_STREAMS
 from servd.api.http.event_stream import send_pieces
 from servd.api.http.openapi import Endpoint, Operation
 from servd.api.http.resumable_streams import LAST_EVENT_ID
-from servd.errors import InvalidRequestError, NotFoundError
+from servd.errors import NotFoundError
 
 
 async def resume_stream(request: web.Request) -> web.StreamResponse:
@@ -27,8 +27,8 @@ ROUTES = [
     Endpoint(
         "GET", "/v1/streams/{stream_id}", resume_stream,
         Operation(
-            "Go on with a stream", events=dict[str, Any], errors=(InvalidRequestError, NotFoundError),
-            query={"after": {"type": "integer", "minimum": 0, "default": 0}},
+            "Go on with a resumable stream", events=dict[str, Any], errors=(NotFoundError,),
+            query={"after": {"type": "string", "pattern": "^[0-9]{1,11}$"}},
         ),
     )
 ]  # fmt: skip
