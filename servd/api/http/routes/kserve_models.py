@@ -119,10 +119,22 @@ def _metadata(spec: TensorSpec) -> dict[str, Any]:
 
 
 _SERVER = Operation("The server", reply=dict[str, Any])
-_PROBE = Operation("A probe", reply=dict[str, Any], replies={503: dict[str, Any]}, public=True)
+_PROBE = Operation("A probe", media_type="", replies={503: None}, public=True)
+_MODEL_PROBE = Operation(
+    "Whether the model takes requests",
+    media_type="",
+    replies={503: None},
+    errors=(NotFoundError,),
+    error=KServeErrorReply,
+)
 _MODEL = Operation("About the model", reply=dict[str, Any], errors=(NotFoundError,), error=KServeErrorReply)
 _LIST = Operation("The models there are", reply=list[dict[str, Any]], error=KServeErrorReply)
-_ABOUT_A_MODEL = {"/ready": model_ready, "/config": model_config, "/stats": model_statistics, "": model_metadata}
+_ABOUT_A_MODEL = (
+    ("/ready", model_ready, _MODEL_PROBE),
+    ("/config", model_config, _MODEL),
+    ("/stats", model_statistics, _MODEL),
+    ("", model_metadata, _MODEL),
+)
 
 ROUTES = [
     Endpoint("GET", "/v2", server_metadata, _SERVER),
@@ -131,8 +143,8 @@ ROUTES = [
     Endpoint("GET", "/v2/models/stats", protocol_errors(model_statistics), _MODEL),
     Endpoint("POST", "/v2/repository/index", protocol_errors(repository_index), _LIST),
     *(
-        Endpoint("GET", path + end, protocol_errors(handler), _MODEL)
-        for end, handler in _ABOUT_A_MODEL.items()
+        Endpoint("GET", path + end, protocol_errors(handler), operation)
+        for end, handler, operation in _ABOUT_A_MODEL
         for path in MODEL_PATHS
     ),
 ]
