@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from servd.api.conversation import ROLES
 from servd.api.http.messages import ChatMessage
 from servd.api.http.schema import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from servd.api.http.schema.generation import MAX_DEADLINE_MS, MAX_PRIORITY, MAX_SALT_CHARS
@@ -37,6 +38,12 @@ def length(low: int, high: int) -> dict[str, Any]:
     return {"minLength": low, "maxLength": high}
 
 
+_TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
 _TOKEN_ID = {"type": "integer", "minimum": 0}
 
 FIELD_RANGES: dict[type, dict[str, dict[str, Any]]] = {
@@ -71,6 +78,10 @@ FIELD_RANGES: dict[type, dict[str, dict[str, Any]]] = {
         "top_logprobs": between(0, MAX_LOGPROBS),
         "messages": {"minItems": 1},
     },
-    ChatMessage: {"role": {"enum": ["system", "developer", "user", "assistant", "tool"]}},
+    ChatMessage: {
+        "role": {"enum": list(ROLES)},
+        "content": {"items": _TEXT_PART},
+        **{name: {"enum": [None]} for name in ("audio", "function_call")},
+    },
 }
 """Type → field → keywords; those of a base hold for its subclasses too."""
