@@ -252,11 +252,14 @@ class AsyncEngine:
         records = self.request_log.begin(request_id, requests, stream.unread_since)
         stream.on_unread = lambda index, since, seconds: records[index].unread(since, seconds)
         if timeout is not None:
-            error = DeadlineExceededError(f"the deadline of {timeout:g} s passed")
-            loop = asyncio.get_running_loop()
-            family.timer = loop.call_later(max(timeout, 0.0), self._end, request_id, FinishReason.DEADLINE, error)
+            family.timer = self._end_after(timeout, request_id)
         core.wake()
         return stream
+
+    def _end_after(self, timeout: float, request_id: str) -> asyncio.TimerHandle:
+        error = DeadlineExceededError(f"the deadline of {timeout:g} s passed")
+        loop = asyncio.get_running_loop()
+        return loop.call_later(max(timeout, 0.0), self._end, request_id, FinishReason.DEADLINE, error)
 
     def check_room(self, n: int = 1) -> None:
         """Raise OverloadedError if `n` more answers find the queue full, EngineUnavailableError if none are taken now.
