@@ -6,8 +6,7 @@ Owns the calls' life (deadline, cancellation, status). Knows nothing of scheduli
 from __future__ import annotations
 
 import asyncio
-import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -17,19 +16,24 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 import servd
+from servd.api.access import KeyRing, current_caller, set_caller
 from servd.api.grpc import convert
 from servd.api.grpc._pb.servd.v1 import inference_pb2 as pb
 from servd.api.grpc._pb.servd.v1 import inference_pb2_grpc as pb_grpc
+from servd.api.grpc.credentials import server_credentials
 from servd.api.grpc.status import Context, abort_with, errors_as_status
 from servd.api.service import InferenceService
 from servd.api.sockets import check_listenable
+from servd.api.tls import TlsFiles
 from servd.config import ServerConfig
-from servd.errors import AuthenticationError, ConfigError
+from servd.errors import ConfigError, ServdError
 from servd.sampling_params import SamplingParams
 
 SERVICE_NAME = "servd.v1.Inference"
 HEALTH_METHODS = "/grpc.health.v1.Health/"
 HEALTH_POLL_SECONDS = 0.5
+MAX_OFFERED_KEYS = 4  # each unknown one is compared with all of the key file
+Metadata = Sequence[tuple[str, str | bytes]] | None
 DEFAULT_MAX_TOKENS = SamplingParams().max_tokens  # of Generate; Chat goes on to the end of the context
 
 
@@ -117,7 +121,9 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         return None
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
-        """The one model there is."""
+        """The one model there is, if the caller may use it."""
+        if not current_caller().may_use(self.service.model_name):
+            return pb.ListModelsResponse()
         model = pb.Model(
             name=self.service.model_name,
             max_model_len=self.service.engine.max_model_len,
@@ -146,10 +152,10 @@ def _or_true(request: Any, field: str) -> bool:
 
 
 class ApiKeyInterceptor(grpc.aio.ServerInterceptor):
-    """Lets a call pass if its metadata carry the key: `authorization: Bearer KEY` or `x-api-key: KEY`."""
+    """Lets a call pass if its metadata carry a key: `authorization: Bearer KEY` or `x-api-key: KEY`."""
 
-    def __init__(self, api_key: str) -> None:
-        self._api_key = api_key.encode()
+    def __init__(self, keys: KeyRing) -> None:
+        self._keys = keys
 
     async def intercept_service(
         self,
@@ -157,33 +163,49 @@ class ApiKeyInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """The method's own handler, or one that refuses. Health stays open: probes carry no key."""
-        if handler_call_details.method.startswith(HEALTH_METHODS) or self._has_key(handler_call_details):
-            return await continuation(handler_call_details)
-        return grpc.unary_unary_rpc_method_handler(_refuse)
-
-    def _has_key(self, details: grpc.HandlerCallDetails) -> bool:
-        for key, value in details.invocation_metadata:
-            text = value if isinstance(value, str) else value.decode("latin-1")
-            scheme, _, token = ("Bearer", "", text) if key == "x-api-key" else text.partition(" ")
-            known = key in ("authorization", "x-api-key") and scheme.lower() == "bearer"
-            if known and hmac.compare_digest(token.encode(), self._api_key):
-                return True
-        return False
+        if not handler_call_details.method.startswith(HEALTH_METHODS):
+            try:
+                admit_call(self._keys, handler_call_details.invocation_metadata)
+            except ServdError as error:
+                return grpc.unary_unary_rpc_method_handler(_refusal(error))
+        return await continuation(handler_call_details)
 
 
-async def _refuse(request: bytes, context: Context) -> None:
-    await abort_with(
-        context, AuthenticationError("no valid API key; send metadata authorization: Bearer KEY or x-api-key: KEY")
-    )
+def admit_call(keys: KeyRing, metadata: Metadata) -> None:
+    """Make the key's holder the caller of this task, and count the call.
+
+    Raises AuthenticationError, or RateLimitedError.
+    """
+    caller = keys.caller(_offered_keys(metadata))
+    if caller.limits is not None:
+        caller.limits.count_request()
+    set_caller(caller)
+
+
+def _offered_keys(metadata: Metadata) -> list[str]:
+    offered = []
+    for name, value in metadata or ():
+        text = value if isinstance(value, str) else value.decode("latin-1")
+        scheme, _, key = ("Bearer", "", text) if name == "x-api-key" else text.partition(" ")
+        if name in ("authorization", "x-api-key") and scheme.lower() == "bearer":
+            offered.append(key)
+    return offered[:MAX_OFFERED_KEYS]
+
+
+def _refusal(error: ServdError) -> Callable[[bytes, Context], Awaitable[None]]:
+    async def refuse(request: bytes, context: Context) -> None:
+        await abort_with(context, error)
+
+    return refuse
 
 
 class GrpcServer:
     """A listening server and the task that keeps its health service up to date."""
 
-    def __init__(self, service: InferenceService, config: ServerConfig) -> None:
+    def __init__(self, service: InferenceService, config: ServerConfig, keys: KeyRing) -> None:
         self.service = service
         self._server = grpc.aio.server(
-            interceptors=[ApiKeyInterceptor(config.api_key)] if config.api_key else [],
+            interceptors=[ApiKeyInterceptor(keys)],
             options=[
                 ("grpc.max_receive_message_length", config.max_body_bytes),
                 ("grpc.so_reuseport", 0),  # or a second server would silently share the port
@@ -195,7 +217,7 @@ class GrpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
-        self.port = _listen(self._server, config.host, config.grpc_port)
+        self.port = _listen(self._server, config.host, config.grpc_port, TlsFiles.of(config))
 
     async def start(self) -> None:
         """Take calls."""
@@ -229,21 +251,26 @@ class GrpcServer:
             await self._health.set(name, serving)
 
 
-def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
+def _listen(server: grpc.aio.Server, host: str, port: int, tls: TlsFiles | None) -> int:
     """Bind; returns the port. Raises ConfigError with the system's reason."""
     # grpc says only "failed to bind", after log lines of its own; the system says why.
     check_listenable(host, port, "--grpc-port")
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        return server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        if tls is not None:
+            return server.add_secure_port(address, server_credentials(tls))
+        return server.add_insecure_port(address)
     except RuntimeError as error:
         raise ConfigError(f"--grpc-port is {port}: cannot listen on {host}:{port}: {error}") from None
 
 
-async def start_grpc(service: InferenceService, config: ServerConfig) -> tuple[GrpcServer, int]:
+async def start_grpc(
+    service: InferenceService, config: ServerConfig, *, keys: KeyRing | None = None
+) -> tuple[GrpcServer, int]:
     """Start the gRPC front on `config.host:config.grpc_port` (0: a free port); the server and its port.
 
     Raises ConfigError if it cannot listen there. The engine need not be ready: calls get UNAVAILABLE until it is.
     """
-    server = GrpcServer(service, config)
+    server = GrpcServer(service, config, KeyRing.of(config) if keys is None else keys)
     await server.start()
     return server, server.port

@@ -1,4 +1,4 @@
-"""GET /health and /version: for probes and people.
+"""GET /health, /readyz, /livez and /version: for probes and people.
 
 Knows nothing of load: that is in /metrics.
 """
@@ -23,9 +23,19 @@ async def health(request: web.Request) -> web.Response:
     )
 
 
+async def alive(request: web.Request) -> web.Response:
+    """200 while this process answers at all: one that starts or recovers must not be killed for it."""
+    return json_reply({"state": request.app[SERVICE].engine.state})
+
+
 async def version(_: web.Request) -> web.Response:
     """The server's version."""
     return json_reply({"version": __version__})
 
 
-ROUTES = [web.get("/health", health), web.get("/version", version)]
+ROUTES = [
+    web.get("/health", health),
+    web.get("/readyz", health),
+    web.get("/livez", alive),
+    web.get("/version", version),
+]

@@ -9,14 +9,16 @@ from typing import Any
 
 from aiohttp import web
 
-from servd.api.http.context import SERVICE
+from servd.api.http.context import CALLER, SERVICE
 from servd.api.http.replies import json_reply
 from servd.api.service import InferenceService
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """The one model."""
-    return json_reply({"object": "list", "data": [_model(request.app[SERVICE])]})
+    """The one model, if the caller may use it."""
+    service = request.app[SERVICE]
+    models = [_model(service)] if request[CALLER].may_use(service.model_name) else []
+    return json_reply({"object": "list", "data": models})
 
 
 async def retrieve_model(request: web.Request) -> web.Response:
