@@ -137,6 +137,16 @@ class ServerConfig:
     tls_cert: str | None = flag(None, "PEM file of a certificate chain: TLS for HTTP and gRPC; read again on change")
     tls_key: str | None = flag(None, "PEM file of the certificate's private key")
     tls_client_ca: str | None = flag(None, "PEM file of authorities: clients must have a certificate of one of them")
+    tool_call_parser: str = flag(
+        "auto",
+        "how the model writes tool calls (a file of servd/api/chat/tool_parsers); auto: as its chat template tells, "
+        "else hermes; none: tools are refused",
+    )
+    reasoning_parser: str = flag(
+        "auto",
+        "how the model writes what it thinks (a file of servd/api/chat/reasoning_parsers); auto: as its chat template "
+        "tells; none: it is part of the answer",
+    )
     max_body_bytes: int = flag(8 << 20, "largest request body", unit="bytes")
     max_body_chunks: int = flag(16384, "most chunks of a chunked body")
     max_json_depth: int = flag(128, "how deep arrays and objects of a body may be nested")

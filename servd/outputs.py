@@ -25,6 +25,7 @@ class NewRequestData(msgspec.Struct, array_like=True):
     stop_token_ids: list[int]  # end-of-text and stop ids, masked out until min_tokens
     block_ids: list[int]  # [num_blocks]
     max_total_tokens: int  # prompt and output: the last of them is never computed
+    eos_token_ids: list[int] = []  # the model's; sent with requests that are constrained
 
 
 class ScheduledRequests(msgspec.Struct, array_like=True):
@@ -79,7 +80,9 @@ class ModelRunnerOutput(msgspec.Struct, array_like=True):
     """What a step gave."""
 
     step_id: int
-    request_ids: list[str]  # [num_sampled] the requests with samples=True, in batch order
+    # [num_sampled] the requests with samples=True, in batch order, without those whose grammar was not ready in time:
+    # they are computed again in a later step
+    request_ids: list[str]
     sampled_token_ids: list[int]  # [num_sampled + accepted drafts] in the order of the requests
     logprobs: dict[str, list[TokenLogprobs]]  # one a token, only requests that asked for them
     prompt_logprobs: dict[str, list[TokenLogprobs]]  # for prompt positions computed in this step, in order

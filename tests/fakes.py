@@ -36,6 +36,8 @@ class ByteTokenizer:
     bos_token_id: int | None = None
     num_stripped_spaces = 0
     has_chat_template = True
+    template_variables: frozenset[str] = frozenset()
+    template_source = ""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
@@ -50,11 +52,15 @@ class ByteTokenizer:
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def token_id(self, text: str) -> int | None:
+        return None
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
@@ -62,6 +68,8 @@ class ByteTokenizer:
             raise InvalidRequestError("messages are refused by the chat template", param="messages")
         extra = f"[{json.dumps(dict(template_kwargs), sort_keys=True)}]\n" if template_kwargs else ""
         turns = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        if continue_final_message:
+            return extra + turns.removesuffix("\n")
         return extra + turns + ("assistant: " if add_generation_prompt else "")
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
@@ -326,6 +334,7 @@ class FakeEngine:
     settings: dict[str, Any] = field(default_factory=dict)  # flat EngineConfig names
     max_position_embeddings: int = 2048
     executor_options: dict[str, Any] = field(default_factory=dict)  # keywords of FakeExecutor
+    tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
 
     async def __aenter__(self) -> FakeEngine:
         (self.folder / "config.json").write_text(
@@ -334,7 +343,7 @@ class FakeEngine:
         config = EngineConfig.from_flat(**self.settings)
         self.executor = FakeExecutor(config, **self.executor_options)
         files = ModelFiles("fake", self.folder, ())
-        self.engine = AsyncEngine(config, files, ByteTokenizer(), self.executor)  # type: ignore[arg-type]
+        self.engine = AsyncEngine(config, files, self.tokenizer, self.executor)  # type: ignore[arg-type]
         await self.engine.start()
         return self
 

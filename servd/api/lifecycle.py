@@ -61,7 +61,12 @@ async def run_server(
         executor.files = files
         engine = AsyncEngine(config, files, tokenizer, executor, log_steps=server_config.log_steps)
         stack.push_async_callback(engine.close)
-        service = InferenceService(engine, config.model.served_model_name or files.name)
+        service = InferenceService(
+            engine,
+            config.model.served_model_name or files.name,
+            tool_call_parser=server_config.tool_call_parser,
+            reasoning_parser=server_config.reasoning_parser,
+        )
         keys = KeyRing.of(server_config)  # one for both fronts: a key's limits are of all its calls
         runner, http_port = await start_http(service, server_config, keys=keys)
         stack.push_async_callback(stop_http, runner)

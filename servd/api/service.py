@@ -13,7 +13,10 @@ from contextvars import ContextVar
 from functools import cached_property, partial
 from typing import Any
 
+import msgspec
+
 from servd.api.access import current_caller
+from servd.api.chat.formats import ChatFormats, ParserChoice
 from servd.engine.async_engine import AsyncEngine, EngineStats
 from servd.engine.embeddings import Embedding, check_dimensions, embed_all, pooling_params
 from servd.engine.prefix_pins import DEFAULT_TTL_SECONDS, PrefixPin
@@ -38,10 +41,24 @@ def set_call_id(call_id: str) -> None:
 class InferenceService:
     """One served model. Errors are ServdErrors; their `param` names the field to blame."""
 
-    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        model_name: str,
+        *,
+        tool_call_parser: str = "auto",
+        reasoning_parser: str = "auto",
+    ) -> None:
+        """The parsers' names, "auto" (what the chat template tells) or "none". Raises ConfigError for unknown ones."""
         self.engine = engine
         self.model_name = model_name
+        self._choice = ParserChoice(tool_call_parser, reasoning_parser)
         self.created = int(time.time())
+
+    @cached_property
+    def chat_formats(self) -> ChatFormats:
+        """How the model writes tool calls and thoughts. Raises EngineUnavailableError before the engine has started."""
+        return ChatFormats.of(self.engine.tokenizer, self._choice)
 
     def check_model(self, name: str | None) -> None:
         """Raise NotFoundError unless `name` is the served model (None and "" mean: the one there is).
@@ -71,12 +88,21 @@ class InferenceService:
         messages: list[dict[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Token ids of a conversation, rendered in a sandbox off the event loop. Raises InvalidRequestError."""
-        await self._check_fits(sum(len(message["content"]) for message in messages), "messages")
+        calls = [message["tool_calls"] for message in messages if message.get("tool_calls")]
+        num_chars = sum(len(message["content"]) for message in messages)
+        num_chars += sum(len(msgspec.json.encode(shown)) for shown in (*calls, *(tools or ())))
+        await self._check_fits(num_chars, "messages")
         encode = partial(
-            self.engine.inputs.encode_chat, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
+            self.engine.inputs.encode_chat,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+            tools=tools,
         )
         return await self.engine.run_in_thread(encode, messages)
 

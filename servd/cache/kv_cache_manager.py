@@ -135,16 +135,23 @@ class KVCacheManager:
     def fork(self, parent: Request, child: Request, num_tokens: int) -> int:
         """Let `child`, which has no blocks, share the parent's first `num_tokens`, a partly filled block included.
 
-        Returns the tokens the child need not compute: all but the last, which must be computed again for its logits
-        (into a copy of that block, made by the child's first `allocate_slots`).
+        Returns the tokens the child need not compute: these, but for its own last token, which must be computed for
+        its logits. It is written into a copy of a block that is still shared when the child's first `allocate_slots`
+        comes. What of the parent's blocks the prefix cache knows need not be hashed again.
         """
         assert child.request_id not in self._tables, f"{child} holds blocks already"
         source = self._tables[parent.request_id]
         table = _Table(root_hash(child.cache_salt))
         table.blocks = source.blocks[: self.num_blocks_for(num_tokens)]
+        if source.num_hashed * self.block_size <= num_tokens and parent.cache_salt == child.cache_salt:
+            table.num_hashed, table.last_hash = source.num_hashed, source.last_hash
         self.pool.touch(table.blocks)
         self._tables[child.request_id] = table
-        return num_tokens - 1
+        return min(num_tokens, child.num_tokens - 1)
+
+    def holds_blocks(self, request: Request) -> bool:
+        """Whether the request has a table."""
+        return request.request_id in self._tables
 
     @property
     def num_pinned(self) -> int:

@@ -14,14 +14,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
+
 from servd.cache.kv_cache_manager import KVCacheManager
 from servd.config import EngineConfig
+from servd.engine.answers import new_answers
+from servd.engine.beam_search import BeamSearches
+from servd.engine.best_of import BestOf
 from servd.engine.core import EngineCore
 from servd.engine.input_processor import InputProcessor
 from servd.engine.output_processor import OutputProcessor
 from servd.engine.prefix_pins import PrefixPins
 from servd.engine.request_log import RequestLog
-from servd.engine.result_stream import ResultStream
+from servd.engine.result_stream import ResultStream, Sink
 from servd.engine.stats import EngineStats as EngineStats
 from servd.engine.tokenizer import Tokenizer
 from servd.errors import (
@@ -37,17 +42,15 @@ from servd.executor.base import EXECUTORS, Executor, ProgressCallback
 from servd.hub import ModelFiles
 from servd.metrics import Metrics
 from servd.outputs import WorkerInfo
-from servd.request import FinishReason, Request
+from servd.request import FinishReason
 from servd.sampling_params import SamplingParams
+from servd.scheduler.plan import Update
 from servd.scheduler.policies import POLICIES
-from servd.scheduler.scheduler import Scheduler, Update
+from servd.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger("servd.engine")
 
 T = TypeVar("T")
-
-_MASK64 = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the seeds of a request's n answers
 
 
 def with_max_model_len(config: EngineConfig, files: ModelFiles) -> EngineConfig:
@@ -60,6 +63,12 @@ def with_max_model_len(config: EngineConfig, files: ModelFiles) -> EngineConfig:
         raise ConfigError(f"--max-model-len is {asked}; allowed: at most the model's {limit}")
     model = dataclasses.replace(config.model, max_model_len=limit if asked is None else asked)
     return dataclasses.replace(config, model=model)
+
+
+def _started(part: T | None) -> T:
+    if part is None:
+        raise EngineUnavailableError("the engine is starting")
+    return part
 
 
 @dataclass(slots=True)
@@ -103,6 +112,7 @@ class AsyncEngine:
         self._inputs: InputProcessor | None = None
         self._outputs: OutputProcessor | None = None
         self._pins: PrefixPins | None = None
+        self._beams: BeamSearches | None = None
         self._task: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
         self._died = asyncio.Event()
@@ -130,13 +140,15 @@ class AsyncEngine:
             await self.close()
             raise
         self._info = info
-        self._inputs = InputProcessor(self.tokenizer, self.max_model_len)
+        self._inputs = InputProcessor(self.tokenizer, self.max_model_len, self.files.folder / "tokenizer.json")
         cache = KVCacheManager(
             info.num_blocks, self.config.cache.block_size, enable_prefix_caching=self.config.cache.enable_prefix_caching
         )
         self._outputs = OutputProcessor(self.tokenizer, self.metrics)
+        scheduler = Scheduler(self.config.scheduler, cache)
+        self._beams = BeamSearches(scheduler)
         self._core = EngineCore(
-            Scheduler(self.config.scheduler, cache), self.executor, self.metrics, self.request_log,
+            scheduler, self.executor, self.metrics, self.request_log,
             on_updates=self._take_updates, on_state=self._change_state,
             max_restarts=self.config.parallel.max_worker_restarts,
             step_timeout=self.config.parallel.step_timeout, log_steps=self._log_steps,
@@ -188,6 +200,8 @@ class AsyncEngine:
         if self._pins is not None:
             self._pins.close()
         self._text_threads.shutdown(wait=False)
+        if self._inputs is not None:
+            self._inputs.close()
 
     async def wait_dead(self) -> None:
         """Return when the engine has failed for good; a server should then exit and be restarted from outside."""
@@ -210,7 +224,7 @@ class AsyncEngine:
         """Check and queue a request; returns its stream of outputs.
 
         `timeout` in seconds ends it with FinishReason.DEADLINE. `prompt_param` is what errors call the prompt. `pin_id`
-        is for PrefixPins: max_tokens is 0 then.
+        is for PrefixPins: max_tokens is 0 then. A grammar in `params` must have passed `check_guidance`.
         Raises InvalidRequestError naming the field, EngineUnavailableError, OverloadedError.
         """
         core, outputs = self.core, self.outputs
@@ -218,49 +232,52 @@ class AsyncEngine:
         self.inputs.check(len(prompt_token_ids), params, prompt_param=prompt_param)
         self.inputs.check_token_ids(prompt_token_ids, prompt_param)
         self.inputs.check_request_id(request_id)
+        self.inputs.require_checked_guidance(params)
         if priority and not core.scheduler.policy.uses_priority:
             raise UnsupportedError(
                 f"priority is {priority}; allowed: 0, unless the server runs with --scheduling-policy priority",
                 param="priority",
             )
-        self.check_room(params.n)
+        count = params.n if params.use_beam_search else params.num_sequences
+        self.inputs.check_beams(params, self.config.scheduler.max_num_seqs)
+        self.check_room(params.num_sequences)
         if not prompt_token_ids:
             raise InvalidRequestError(f"{prompt_param} is empty; allowed: at least one token", param=prompt_param)
         if request_id in self._families:
             raise InvalidRequestError(f"request_id is {request_id!r}, which is running", param="request_id")
         stream = ResultStream(params.n, lambda: self.abort(request_id))
+        sink: Sink = stream
+        if count > params.n:
+            sink = BestOf(stream, params)
+            params = msgspec.structs.replace(params, logprobs=params.logprobs or 0)
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
-        answer_ids = [f"{request_id}#{index}" for index in range(params.n)]
-        # Answers share the prompt's blocks, unless each must compute all positions for the prompt's log-probabilities.
-        shares_prompt = params.prompt_logprobs is None
-        family = self._families[request_id] = _Family(list(answer_ids))
-        requests: list[Request] = []
-        for index, answer_id in enumerate(answer_ids):
-            request = Request(
-                answer_id, prompt_token_ids, params,
-                seed=(seed + index * _GOLDEN) & _MASK64,
-                eos_token_ids=self.tokenizer.eos_token_ids,
-                max_model_len=self.max_model_len,
-                priority=priority,
-                parent_id=answer_ids[0] if index and shares_prompt else None,
-                cache_salt=cache_salt,
-                pin_id=pin_id,
-            )  # fmt: skip
-            self._answers[answer_id] = request_id
-            outputs.add(request, index, stream)
-            core.scheduler.add(request)
-            requests.append(request)
-        records = self.request_log.begin(request_id, requests, stream.unread_since)
+        answers = new_answers(
+            request_id, count, prompt_token_ids, params,
+            seed=seed, eos_token_ids=self.tokenizer.eos_token_ids, max_model_len=self.max_model_len,
+            priority=priority, cache_salt=cache_salt, pin_id=pin_id,
+        )  # fmt: skip
+        family = self._families[request_id] = _Family([answer.request_id for answer in answers])
+        for index, answer in enumerate(answers):
+            self._answers[answer.request_id] = request_id
+            outputs.add(answer, index, sink)
+            if not params.use_beam_search:
+                core.scheduler.add(answer)
+        if params.use_beam_search:
+            self.beams.start(answers)
+        records = self.request_log.begin(request_id, answers, stream.unread_since)
         stream.on_unread = lambda index, since, seconds: records[index].unread(since, seconds)
         if timeout is not None:
             family.timer = self._end_after(timeout, request_id)
         core.wake()
         return stream
 
-    def _end_after(self, timeout: float, request_id: str) -> asyncio.TimerHandle:
-        error = DeadlineExceededError(f"the deadline of {timeout:g} s passed")
-        loop = asyncio.get_running_loop()
-        return loop.call_later(max(timeout, 0.0), self._end, request_id, FinishReason.DEADLINE, error)
+    def _end_after(self, seconds: float, request_id: str) -> asyncio.TimerHandle:
+        error = DeadlineExceededError(f"the deadline of {seconds:g} s passed")
+        return asyncio.get_running_loop().call_later(max(seconds, 0), self._end, request_id, FinishReason.DEADLINE, error)
+
+    async def check_guidance(self, params: SamplingParams, *, param: str = "guidance") -> None:
+        """Raise InvalidRequestError, blaming `param`, unless answers can follow the grammar that `params` may have."""
+        await self.inputs.check_guidance(params, param)
 
     def check_room(self, n: int = 1) -> None:
         """Raise OverloadedError if `n` more answers find the queue full, EngineUnavailableError if none are taken now.
@@ -290,23 +307,22 @@ class AsyncEngine:
     @property
     def core(self) -> EngineCore:
         """The engine loop. Raises EngineUnavailableError before `start()`."""
-        if self._core is None:
-            raise EngineUnavailableError("the engine is starting")
-        return self._core
+        return _started(self._core)
 
     @property
     def inputs(self) -> InputProcessor:
         """Tokenizes and checks requests. Raises EngineUnavailableError before `start()`."""
-        if self._inputs is None:
-            raise EngineUnavailableError("the engine is starting")
-        return self._inputs
+        return _started(self._inputs)
 
     @property
     def outputs(self) -> OutputProcessor:
         """The output processor. Raises EngineUnavailableError before `start()`."""
-        if self._outputs is None:
-            raise EngineUnavailableError("the engine is starting")
-        return self._outputs
+        return _started(self._outputs)
+
+    @property
+    def beams(self) -> BeamSearches:
+        """The beam searches. Raises EngineUnavailableError before `start()`."""
+        return _started(self._beams)
 
     @property
     def pins(self) -> PrefixPins:
@@ -318,16 +334,12 @@ class AsyncEngine:
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises EngineUnavailableError before `start()`."""
-        if self._tokenizer is None:
-            raise EngineUnavailableError("the engine is starting")
-        return self._tokenizer
+        return _started(self._tokenizer)
 
     @property
     def info(self) -> WorkerInfo:
         """What the worker reported. Raises EngineUnavailableError before `start()`."""
-        if self._info is None:
-            raise EngineUnavailableError("the engine is starting")
-        return self._info
+        return _started(self._info)
 
     @property
     def max_model_len(self) -> int:
@@ -338,6 +350,7 @@ class AsyncEngine:
     # -- the loop's callbacks --------------------------------------------------------------------------------------
 
     def _take_updates(self, updates: list[Update]) -> list[str]:
+        updates = self.beams.process(updates)
         stopped = self.outputs.process(updates)
         for update in updates:
             if update.finish_reason is not None:
@@ -368,6 +381,7 @@ class AsyncEngine:
             self._forget(answer_id, reason)
         for answer_id in answer_ids:  # all have been told: a scheduler that is broken can keep nobody waiting
             self.core.scheduler.finish(answer_id, reason)
+            self.beams.end(answer_id)
         if answer_ids:
             self.core.wake()
 

@@ -18,9 +18,10 @@ from servd.engine.request_log import RequestLog
 from servd.errors import ServdError, WorkerDied
 from servd.executor.base import Executor
 from servd.metrics import Metrics
-from servd.outputs import ModelRunnerOutput, SchedulerOutput
+from servd.outputs import ModelRunnerOutput, ScheduledRequests, SchedulerOutput
 from servd.request import FinishReason
-from servd.scheduler.scheduler import Scheduler, Update
+from servd.scheduler.plan import Update
+from servd.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger("servd.engine")
 step_logger = logging.getLogger("servd.steps")
@@ -41,6 +42,10 @@ class StepRecord:
     num_accepted_tokens: int  # of these, the ones that were right
     num_waiting: int
     compute_seconds: float
+    end_time: float  # time.monotonic() seconds
+    plan: ScheduledRequests  # what each request computed
+    sampled_request_ids: list[str]  # those whose drafts the next field counts
+    num_accepted_by_request: list[int]  # empty: none
 
 
 class EngineCore:
@@ -202,7 +207,8 @@ class EngineCore:
         num_decode = sum(1 for n in counts if n == 1)
         record = StepRecord(
             plan.step_id, len(counts), sum(counts) - num_decode, num_decode, output.num_draft_tokens,
-            sum(output.num_accepted_tokens), len(self.scheduler.waiting), output.compute_seconds,
+            sum(output.num_accepted_tokens), len(self.scheduler.waiting), output.compute_seconds, time.monotonic(),
+            plan.scheduled, output.request_ids, output.num_accepted_tokens,
         )  # fmt: skip
         self.step_log.append(record)
         self._metrics.step_time.observe(output.compute_seconds)

@@ -6,7 +6,7 @@ Knows nothing of requests. A token's bytes are fixed, so each token costs one ta
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 
@@ -24,11 +24,21 @@ class Detokenizer:
     """Incremental decode(): all push() results and the flush() joined equal `tokenizer.decode` of all ids."""
 
     def __init__(
-        self, tokenizer: TokenBytes, skip_special_tokens: bool = True, *, continues_text: bool = False
+        self,
+        tokenizer: TokenBytes,
+        skip_special_tokens: bool = True,
+        *,
+        continues_text: bool = False,
+        shown_special_token_ids: Collection[int] = (),
     ) -> None:
-        """`continues_text`: the tokens go on from other text, so a SentencePiece word keeps the space before it."""
+        """`continues_text`: the tokens go on from other text, so a SentencePiece word keeps the space before it.
+
+        `shown_special_token_ids`: not skipped all the same.
+        """
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        if shown_special_token_ids:
+            self._skipped -= frozenset(shown_special_token_ids)
         self._spaces_to_strip = 0 if continues_text else tokenizer.num_stripped_spaces
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 

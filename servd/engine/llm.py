@@ -148,10 +148,11 @@ class LLM:
         encoded = [inputs.encode_prompt(prompt, param=name) for prompt, name in zip(prompts, names, strict=True)]
         for token_ids, one, name in zip(encoded, params, names, strict=True):
             inputs.check(len(token_ids), one, prompt_param=name)
+            await self.engine.check_guidance(one)
         with _progress_bar(len(prompts), show) as advance:
 
             async def answer(prompt: Prompt, token_ids: list[int], one: SamplingParams) -> Generation:
-                async with self._room_for(one.n):
+                async with self._room_for(one.num_sequences):
                     generation = await self._generate(prompt, token_ids, one)
                     advance()
                     return generation

@@ -8,13 +8,13 @@ from __future__ import annotations
 import time
 
 from servd.engine.detokenizer import Detokenizer, StopStrings
-from servd.engine.result_stream import ResultStream
+from servd.engine.result_stream import Sink
 from servd.engine.tokenizer import Tokenizer
 from servd.errors import RequestFailedError, ServdError
 from servd.metrics import Metrics
 from servd.outputs import RequestOutput, TokenLogprobs
 from servd.request import FinishReason, Request
-from servd.scheduler.scheduler import Update
+from servd.scheduler.plan import Update
 
 
 class _AnswerState:
@@ -23,12 +23,17 @@ class _AnswerState:
     __slots__ = ("detokenizer", "index", "last_token_time", "num_output_tokens", "prompt_logprobs", "request",
                  "stops", "stream")  # fmt: skip
 
-    def __init__(self, request: Request, index: int, stream: ResultStream, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: Request, index: int, stream: Sink, tokenizer: Tokenizer) -> None:
         params = request.sampling_params
         self.request = request
         self.index = index
         self.stream = stream
-        self.detokenizer = Detokenizer(tokenizer, params.skip_special_tokens, continues_text=True)
+        self.detokenizer = Detokenizer(
+            tokenizer,
+            params.skip_special_tokens,
+            continues_text=True,
+            shown_special_token_ids=params.shown_special_token_ids,
+        )
         self.stops = StopStrings(params.stop, params.include_stop_str_in_output) if params.stop else None
         self.num_output_tokens = 0
         self.last_token_time: float | None = None
@@ -54,7 +59,7 @@ class OutputProcessor:
         self._metrics = metrics
         self._answers: dict[str, _AnswerState] = {}
 
-    def add(self, request: Request, index: int, stream: ResultStream) -> None:
+    def add(self, request: Request, index: int, stream: Sink) -> None:
         """Register an answer before its request is scheduled."""
         self._answers[request.request_id] = _AnswerState(request, index, stream, self._tokenizer)
 

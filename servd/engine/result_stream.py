@@ -9,10 +9,18 @@ import asyncio
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Protocol
 
 from servd.outputs import RequestOutput
 
 UNREAD_SECONDS = 0.05  # more than that, and the reader is slow
+
+
+class Sink(Protocol):
+    """Who takes the news of answers."""
+
+    def put(self, output: RequestOutput) -> None:
+        """Add news of one answer."""
 
 
 class ResultStream:

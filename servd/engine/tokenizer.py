@@ -53,6 +53,9 @@ class Tokenizer:
         self._added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(i for i, token in self._added.items() if token.special)
         self._chat_template = chat_template
+        # What a chat template says of its model: the names that it looks up, and its text; of none, nothing.
+        self.template_variables = frozenset[str]() if chat_template is None else chat_template.variables
+        self.template_source = "" if chat_template is None else chat_template.source
         self._prepend_bos = prepend_bos and bos_token_id is not None
         self._to_bytes, self.num_stripped_spaces = _bytes_of_decoder(_state(backend.decoder))
         self._token_bytes: dict[int, bytes] = {}
@@ -130,11 +133,17 @@ class Tokenizer:
         """The token on its own as text; a part of a character becomes U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def token_id(self, text: str) -> int | None:
+        """The one token that is written `text`, special or not; None if there is none."""
+        token_id: int | None = self._backend.token_to_id(text)
+        return token_id if token_id is None or token_id < self.vocab_size else None
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
@@ -143,7 +152,11 @@ class Tokenizer:
         Raises InvalidRequestError, param "messages" or "chat_template_kwargs".
         """
         return self._template().render(
-            messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs, tools=tools
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+            tools=tools,
         )
 
     def encode_chat(
@@ -151,6 +164,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
@@ -165,6 +179,7 @@ class Tokenizer:
         text = template.render(
             messages,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             template_kwargs=template_kwargs,
             tools=tools,
             rewrite=stand_ins.hide,

@@ -1,15 +1,15 @@
-"""A step being planned: the message to the workers, and what the scheduler keeps of it until the result is there.
+"""A step: the message to the workers, what the scheduler keeps of it until the result is there, and what came of it.
 
 Decides nothing; knows nothing of budgets or of queues.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from servd.cache.kv_cache_manager import Allocation
-from servd.outputs import ScheduledRequests, SchedulerOutput
-from servd.request import Request
+from servd.outputs import NewRequestData, ScheduledRequests, SchedulerOutput, TokenLogprobs
+from servd.request import FinishReason, Request
 
 
 @dataclass(slots=True)
@@ -21,6 +21,22 @@ class Share:
     num_computed_after: int
     samples: bool
     num_drafts: int = 0  # that the worker may guess
+
+
+@dataclass(slots=True)
+class Update:
+    """What one step did for one request."""
+
+    request: Request
+    new_token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a new token, if asked for
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    embedding: bytes | None = None  # little-endian float32, once a pooled prompt is computed
+    first_position: int = 0  # of the tokens computed in this step
+    num_computed: int = 0  # tokens of this step, guesses not counted
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
 
 
 class Plan:
@@ -43,3 +59,15 @@ class Plan:
         output.replaced_blocks.extend((request.request_id, i, block) for i, block in allocation.replaced)
         first = request.num_computed_tokens
         self.shares.append(Share(request, first, first + num_tokens, samples))
+
+    def introduce(self, request: Request, block_ids: list[int]) -> None:
+        """Tell the workers all about a request that they do not know, its whole block table included."""
+        params = request.sampling_params
+        stop_ids = list(params.stop_token_ids) + ([] if params.ignore_eos else sorted(request.eos_token_ids))
+        self.output.new_requests.append(
+            NewRequestData(
+                request.request_id, request.all_token_ids(), request.num_prompt_tokens, params, request.seed,
+                stop_ids, block_ids, request.max_total_tokens,
+                sorted(request.eos_token_ids) if params.is_constrained else [],
+            )
+        )  # fmt: skip

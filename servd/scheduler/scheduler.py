@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import count
 
 from servd.cache.kv_cache_manager import Allocation, KVCacheManager
 from servd.config import SchedulerConfig
-from servd.outputs import ModelRunnerOutput, NewRequestData, SchedulerOutput, TokenLogprobs
+from servd.outputs import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from servd.request import FinishReason, Request, RequestStatus
-from servd.scheduler.plan import Plan, Share
+from servd.scheduler.plan import Plan, Share, Update
 from servd.scheduler.policies import POLICIES
 from servd.scheduler.queue import RequestQueue
 
@@ -26,22 +25,6 @@ DEATHS_BEFORE_QUARANTINE = 2
 # decode steps alone would never be found by it.
 TOKENS_PAST_A_DEATH = 2
 GIVEN_UP = "the model worker failed each time it computed this request"
-
-
-@dataclass(slots=True)
-class Update:
-    """What one step did for one request."""
-
-    request: Request
-    new_token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a new token, if asked for
-    prompt_logprobs: list[TokenLogprobs] | None = None
-    embedding: bytes | None = None  # little-endian float32, once a pooled prompt is computed
-    first_position: int = 0  # of the tokens computed in this step
-    num_computed: int = 0  # tokens of this step, guesses not counted
-    finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None
-    error: str | None = None
 
 
 def _is_quarantined(request: Request) -> bool:
@@ -65,6 +48,8 @@ class Scheduler:
         self.waiting_for = "next_step"
         self.on_stopped: Callable[[Request, str], None] | None = None  # told of each preemption, and why
         self._dropped: list[str] = []  # request ids the workers must forget with the next plan
+        self._unsent: set[str] = set()  # running requests that the workers have not heard of
+        self._held: dict[str, Request] = {}  # complete requests whose blocks are kept for forks
         self._inflight: dict[int, list[Share]] = {}
         self._step_ids = count()
 
@@ -80,6 +65,25 @@ class Scheduler:
         if request is not None:
             self._finish(request, reason)
         return request
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """Add a request whose tokens are all that `parent`, which is complete, computed, and one more.
+
+        It runs at once in the blocks of a parent with `keeps_blocks`. If these are gone (a preemption, lost workers, no
+        other room for those that run), or no more requests may run, it waits and is computed anew.
+        """
+        child.num_worker_deaths = parent.num_worker_deaths
+        child.num_output_tokens_at_death = parent.num_output_tokens_at_death - 1  # the child counts from the next token
+        self.add(child)
+        if parent.request_id in self._held and len(self.running) < self.config.max_num_seqs:
+            child.num_computed_tokens = self.cache.fork(parent, child, parent.num_tokens - 1)
+            self._start(child)
+            self._unsent.add(child.request_id)
+
+    def release(self, request: Request) -> None:
+        """Free the blocks that a complete request kept."""
+        if self._held.pop(request.request_id, None) is not None:
+            self.cache.free(request)
 
     def has_work(self) -> bool:
         """Whether any request is alive."""
@@ -98,6 +102,8 @@ class Scheduler:
             budget = self._schedule_running(plan, budget, list(self.running))
             if self.num_preemptions == preemptions:  # else the blocks just freed would go straight back
                 self._schedule_waiting(plan, budget)
+                if not plan.shares and not self._inflight and self._release_held():
+                    self._schedule_waiting(plan, budget)  # nothing else could ever make room
             else:
                 self.waiting_for = "blocks"
         if not plan.shares:
@@ -137,9 +143,13 @@ class Scheduler:
             num_tokens = self._num_tokens_to_compute(request, budget - behind)
             if num_tokens == 0:
                 continue
-            allocation = self._allocate_or_preempt(request, num_tokens)
+            allocation = self._allocate_or_preempt(request, num_tokens, plan)
             if allocation is None:
-                continue  # it was preempted itself
+                continue  # it was preempted itself, or waits for the next step
+            if request.request_id in self._unsent:
+                self._unsent.remove(request.request_id)
+                plan.introduce(request, self.cache.block_ids(request))
+                allocation = Allocation(copies=allocation.copies)
             plan.add(request, num_tokens, self._samples(request, num_tokens), allocation)
             budget -= num_tokens
         return budget
@@ -185,22 +195,18 @@ class Scheduler:
         self.cache.count_prefix_lookup(request.num_tokens, num_cached)
         if request.num_preemptions == 0:
             request.num_cached_tokens = num_cached
+        self._start(request)
+        plan.introduce(request, self.cache.block_ids(request))
+        # The table was sent whole: only the copies of shared blocks are left to tell.
+        plan.add(request, num_tokens, self._samples(request, num_tokens), Allocation(copies=allocation.copies))
+        return num_tokens
+
+    def _start(self, request: Request) -> None:
         self.waiting.remove(request)
         self.running.add(request)
         request.status = RequestStatus.RUNNING
         if request.first_scheduled_time is None:
             request.first_scheduled_time = time.monotonic()
-        params = request.sampling_params
-        stop_ids = list(params.stop_token_ids) + ([] if params.ignore_eos else sorted(request.eos_token_ids))
-        plan.output.new_requests.append(
-            NewRequestData(
-                request.request_id, request.all_token_ids(), request.num_prompt_tokens, params, request.seed,
-                stop_ids, self.cache.block_ids(request), request.max_total_tokens,
-            )
-        )  # fmt: skip
-        # The table was sent whole: only the copies of shared blocks are left to tell.
-        plan.add(request, num_tokens, self._samples(request, num_tokens), Allocation(copies=allocation.copies))
-        return num_tokens
 
     def _grant_drafts(self, plan: Plan) -> None:
         """Let the worker guess ahead with what is left over: tokens of the budget, and blocks nobody needs soon.
@@ -258,13 +264,18 @@ class Scheduler:
 
     # -- preemption and the end of requests ------------------------------------------------------------------------
 
-    def _allocate_or_preempt(self, request: Request, num_tokens: int) -> Allocation | None:
-        """Slots for a running request, taken from the last running ones if need be; None if it is the last itself."""
+    def _allocate_or_preempt(self, request: Request, num_tokens: int, plan: Plan) -> Allocation | None:
+        """Slots for a running request, taken from the last running ones if need be; None if it is the last itself.
+
+        None, too, in a step that copies blocks: one of these, set free, could be the target of another of its copies.
+        """
         while True:
             allocation = self._allocate(request, num_tokens)
-            if allocation is not None:
+            if allocation is not None or plan.output.block_copies:
                 return allocation
             victim = self.running.last()
+            if victim is request and self._release_held():
+                continue
             self.preempt(victim)
             if victim is request:
                 return None
@@ -278,7 +289,7 @@ class Scheduler:
         assert request.status is RequestStatus.RUNNING, f"cannot preempt {request}"
         self.running.remove(request)
         self.cache.free(request)
-        self._dropped.append(request.request_id)
+        self._drop(request)
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = 0
         request.num_preemptions += 1
@@ -290,13 +301,30 @@ class Scheduler:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
-            self._dropped.append(request.request_id)
+            self._drop(request)
         else:
             self.waiting.remove(request)
-        self.cache.free(request)
+        if request.keeps_blocks and reason is FinishReason.LENGTH and self.cache.holds_blocks(request):
+            self._held[request.request_id] = request
+        else:
+            self.cache.free(request)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         del self.requests[request.request_id]
+
+    def _drop(self, request: Request) -> None:
+        """Have the workers forget a request, if they know it."""
+        if request.request_id in self._unsent:
+            self._unsent.remove(request.request_id)
+        else:
+            self._dropped.append(request.request_id)
+
+    def _release_held(self) -> bool:
+        """Free all blocks that are kept for forks; False if there are none."""
+        held = list(self._held.values())
+        for request in held:
+            self.release(request)
+        return bool(held)
 
     # -- results ---------------------------------------------------------------------------------------------------
 
@@ -324,12 +352,15 @@ class Scheduler:
                 update.num_computed = share.num_computed_after - share.num_computed_before
                 num_computed = share.num_computed_after
                 if share.samples:
-                    self._append_tokens(update, sampled[request_id], output.logprobs.get(request_id, []))
+                    token_ids = sampled.get(request_id, [])
+                    assert token_ids or request.sampling_params.is_constrained, f"{request} got no token"
+                    self._append_tokens(update, token_ids, output.logprobs.get(request_id, []))
                     num_computed = request.num_tokens - 1  # right drafts were computed, wrong ones count for nothing
                 elif share.num_computed_after >= request.max_total_tokens:
                     update.finish_reason = FinishReason.LENGTH  # max_tokens is 0: only the prompt was wanted
                 if request.status is RequestStatus.RUNNING:
-                    request.num_computed_tokens += max(len(update.new_token_ids) - 1, 0)
+                    if share.samples:  # one token was foreseen; with none, the last is computed again for its logits
+                        request.num_computed_tokens += len(update.new_token_ids) - 1
                     self.cache.cache_full_blocks(request, num_computed)
                     if request.pin_id is not None and update.finish_reason is FinishReason.LENGTH:
                         self.cache.pin(request.pin_id, request)
@@ -357,6 +388,8 @@ class Scheduler:
 
     def _ends_with(self, request: Request, token_id: int) -> bool:
         params = request.sampling_params
+        if params.guidance is not None and token_id in request.eos_token_ids:
+            return True  # sampled only where the grammar is complete
         is_end = token_id in request.eos_token_ids and not params.ignore_eos
         return (is_end or token_id in params.stop_token_ids) and len(request.output_token_ids) >= params.min_tokens
 
@@ -384,6 +417,7 @@ class Scheduler:
                 self._finish(request, FinishReason.ERROR)
         for request in self.running:
             self.preempt(request, "worker_died" if workers_lost else "step_failed")
+        self._release_held()
         self.cache.forget_cached()
         if workers_lost:
             self._dropped = []

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from servd.outputs import NewRequestData, ScheduledRequests, SchedulerOutput
 from servd.worker.drafter import Drafter
 from servd.worker.sampling_metadata import SamplingMetadata, SamplingRows
+from servd.worker.structured_output import Guides, StepMasks
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class PackedBatch:
     sample_indices: Int64s  # [num_samples] on the packed token axis
     sample_positions: Int64s  # [num_samples] where the sampled tokens go
     sampling: SamplingMetadata  # of the sampling rows
+    masks: StepMasks | None  # in the making; None: no request that samples is constrained
     prompt_targets: list[PromptTargets]
 
     @property
@@ -63,9 +65,15 @@ class InputBatch:
     """
 
     def __init__(
-        self, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int, drafter: Drafter | None = None
+        self,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        vocab_size: int,
+        guides: Guides,
+        drafter: Drafter | None = None,
     ) -> None:
-        """`drafter`: who guesses ahead where plans allow it; None: nobody."""
+        """`guides`: follow constrained requests. `drafter`: guesses ahead where plans allow it; None: nobody does."""
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
@@ -81,6 +89,7 @@ class InputBatch:
         self._num_blocks = np.zeros(max_num_seqs, np.int64)
         self._num_prompt_logprobs = np.full(max_num_seqs, -1, np.int64)  # -1: none asked for
         self._sampling = SamplingRows(max_num_seqs, vocab_size)
+        self._guides = guides
         self._drafter = drafter
 
     @property
@@ -128,6 +137,7 @@ class InputBatch:
         wanted = new.sampling_params.prompt_logprobs
         self._num_prompt_logprobs[row] = -1 if wanted is None else wanted
         self._sampling.set(row, new)
+        self._guides.add(row, new)
 
     def remove(self, request_id: str) -> None:
         """Forget a request; unknown ones are none of our business (it may have failed before it had a row)."""
@@ -135,6 +145,7 @@ class InputBatch:
         row = self._row_of.pop(request_id, None)
         if row is not None:
             self._free_rows.append(row)
+            self._guides.forget(row)
             if self._drafter is not None:
                 self._drafter.forget(row)
 
@@ -172,6 +183,7 @@ class InputBatch:
         last = np.cumsum(num_samples)
         sample_indices = np.arange(len(sample_rows)) + np.repeat(cu_seqlens_q[1:] - last, num_samples)
         sample_positions = positions[sample_indices] + 1
+        sample_bounds = np.concatenate([[0], last[samples]])
         return PackedBatch(
             request_ids=request_ids,
             input_ids=self._tokens[token_rows, positions].astype(np.int64),
@@ -181,11 +193,14 @@ class InputBatch:
             block_tables=self._block_tables[rows, :width],
             slot_mapping=blocks * self.block_size + positions % self.block_size,
             sample_request_ids=[request_ids[i] for i in np.flatnonzero(samples)],
-            sample_bounds=np.concatenate([[0], last[samples]]),
+            sample_bounds=sample_bounds,
             sample_rows=sample_rows,
             sample_indices=sample_indices,
             sample_positions=sample_positions,
             sampling=self._sampling.metadata(sample_rows, sample_positions, self._tokens),
+            masks=self._guides.begin(
+                rows[samples].tolist(), sample_bounds.tolist(), self._tokens, self._num_tokens[rows[samples]].tolist()
+            ),
             prompt_targets=self._prompt_targets(request_ids, rows, starts, ends, cu_seqlens_q),
         )
 
@@ -199,6 +214,7 @@ class InputBatch:
             rows = rows[samples]
             num_tokens = self._num_tokens[rows]
             most = np.minimum(granted, self._max_total_tokens[rows] - num_tokens - 1)
+            most[[not self._guides.may_draft(row) for row in rows.tolist()]] = 0
             counts[samples] = self._drafter.draft(rows, most, self._tokens, num_tokens)
         return counts
 
@@ -245,8 +261,9 @@ class InputBatch:
                 self.fail(request_id, "the worker does not know it")
                 continue
             num_tokens, num_blocks = int(self._num_tokens[row]), int(self._num_blocks[row])
-            if end > num_tokens:
-                # Expected in the step behind one that raised: the engine replays both.
+            if end > num_tokens and not (scheduled.samples[i] and row in self._guides):
+                # Expected in the step behind one that raised: the engine replays both. (A constrained request may have
+                # got no token in the step before: its last known token is computed again.)
                 self.fail(request_id, f"tokens up to {end} are planned, {num_tokens} are known", level=logging.DEBUG)
                 continue
             if scheduled.samples[i]:

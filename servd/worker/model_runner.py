@@ -5,8 +5,11 @@ Owns the input batch. Knows nothing of processes, of scheduling, or of how the m
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +25,8 @@ from servd.worker.kv_cache import PagedKVCache
 from servd.worker.kv_shadow import MAX_TOKENS, KVShadow
 from servd.worker.pooling import Pooler
 from servd.worker.sampler import Sampler
+from servd.worker.sampling_metadata import SamplingMetadata
+from servd.worker.structured_output import Guides
 
 # Prompt logprobs need a [rows, vocab_size] array; so many rows at a time keep it small beside the weights.
 PROMPT_LOGPROB_ROWS = 64
@@ -73,14 +78,16 @@ class ModelRunner:
         replay: StepReplay | None = None,
         shadow: KVShadow | None = None,
         drafter: Drafter | None = None,
+        tokenizer_path: Path | None = None,
     ) -> None:
         """`replay`: another way to run steps; `shadow`: what compares some steps with an unquantized cache;
-        `drafter`: what guesses ahead where plans allow it.
+        `drafter`: what guesses ahead where plans allow it; `tokenizer_path`: the tokenizer.json that grammars need.
         """
         self.model = model
         self.kv_cache = kv_cache
         self.device = device
-        self.batch = InputBatch(max_num_seqs, max_model_len, kv_cache.block_size, model.vocab_size, drafter)
+        guides = Guides(model.vocab_size, tokenizer_path)
+        self.batch = InputBatch(max_num_seqs, max_model_len, kv_cache.block_size, model.vocab_size, guides, drafter)
         self.sampler = Sampler(device)
         self._pooler = Pooler()
         self._drafter = drafter
@@ -145,12 +152,14 @@ class ModelRunner:
 
     def _sample(self, hidden: Tensor, packed: PackedBatch, step_id: int) -> _Sampled:
         logits = self.model.compute_logits(hidden[self._tensor(packed.sample_indices)])
-        output = self.sampler(logits, packed.sampling)
+        sampling, deferred = self._constrain(packed)
+        output = self.sampler(logits, sampling)
         firsts = packed.sample_bounds[:-1]
         for request_id, first in zip(packed.sample_request_ids, firsts.tolist(), strict=True):
             if first in output.failed:
                 self.batch.fail(request_id, output.failed[first])
         alive = np.array([request_id not in self.batch.failed for request_id in packed.sample_request_ids], np.bool_)
+        alive[deferred] = False
         num_right = self.batch.num_right(packed, output.token_ids, list(output.failed))
         counts = np.where(alive, 1 + num_right, 0)  # tokens of each request
         kept = np.arange(counts.sum()) + np.repeat(firsts - np.cumsum(counts) + counts, counts)
@@ -166,6 +175,15 @@ class ModelRunner:
             num_accepted=num_right[alive].tolist() if packed.num_drafts else [],
             kv_shadow=self._compare(step_id, packed, logits, firsts[alive].tolist()),
         )
+
+    def _constrain(self, packed: PackedBatch) -> tuple[SamplingMetadata, list[int]]:
+        """The settings with masks, and the indices of sampling requests that get no token: theirs are not ready."""
+        if packed.masks is None:
+            return packed.sampling, []
+        masks = packed.masks.collect(is_alone=len(packed.masks.entries) == len(packed.request_ids))
+        for i, reason in masks.failed.items():
+            self.batch.fail(packed.sample_request_ids[i], reason, level=logging.WARNING)
+        return dataclasses.replace(packed.sampling, allowed=masks.allowed), masks.deferred
 
     def _compare(self, step_id: int, packed: PackedBatch, logits: Tensor, rows: list[int]) -> KVShadowSample | None:
         """One of the sampled `rows`, another one each time, against an unquantized cache."""

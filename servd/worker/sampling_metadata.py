@@ -46,6 +46,7 @@ class SamplingMetadata:
     positions: Ints  # [num_rows] absolute position of the token to be sampled
     bias: RowValues | None  # logit_bias, and -inf for the stop ids of rows below min_tokens
     history: RowTokens | None  # None: no row has a penalty
+    allowed: Int32s | None = None  # [num_rows, ceil(vocab_size / 32)] masks; None: no row is constrained
 
     def params(self, device: torch.device) -> SampleParams:
         """The same on `device`: arrays travel whole, and are cut up there."""
@@ -69,8 +70,9 @@ class SamplingMetadata:
                 frequency=frequency,
             )
         max_logprobs = int(self.ints[2].max(initial=-1))
+        allowed = None if self.allowed is None else put(self.allowed)
         return SampleParams(
-            temperature, top_p, min_p, top_k, seeds, positions, num_logprobs, max_logprobs, bias, history
+            temperature, top_p, min_p, top_k, seeds, positions, num_logprobs, max_logprobs, bias, history, allowed
         )
 
 
@@ -121,7 +123,7 @@ class SamplingRows:
             ids = np.fromiter(params.logit_bias.keys(), np.int64)
             self._bias[row] = (ids, np.fromiter(params.logit_bias.values(), np.float64))
         stop_ids = [token_id for token_id in new.stop_token_ids if 0 <= token_id < self.vocab_size]
-        if params.min_tokens and stop_ids:
+        if params.min_tokens and stop_ids and params.guidance is None:  # else the mask holds them back
             self._stop_token_ids[row] = np.unique(np.array(stop_ids, np.int64))
 
     def metadata(self, rows: Ints, positions: Ints, token_table: npt.NDArray[np.int32]) -> SamplingMetadata:

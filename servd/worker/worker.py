@@ -62,6 +62,7 @@ class Worker:
             replay=self._step_replay(config),
             shadow=self._shadow(config),
             drafter=Drafter() if config.scheduler.num_speculative_tokens else None,
+            tokenizer_path=files.folder / "tokenizer.json",
         )
 
     def _step_replay(self, config: EngineConfig) -> StepReplay | None:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 # Values and errors that every layer may use.
-COMMON = {"errors", "registry", "config", "log", "outputs", "request", "sampling_params"}
+COMMON = {"errors", "registry", "config", "grammar", "log", "outputs", "request", "sampling_params"}
 ALLOWED = {
     **dict.fromkeys(COMMON, COMMON),
     "": {"engine"} | COMMON,  # servd/__init__.py: the public names

@@ -5,7 +5,7 @@ Plain values; checks are those that no dialect can make alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -56,3 +56,6 @@ class ChatCall:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     template_kwargs: Mapping[str, Any] | None = None
+    documents: Sequence[Mapping[str, Any]] = ()  # for templates that know them
+    reasoning_effort: str | None = None  # none, minimal, low, medium, high, xhigh
+    truncate_prompt_tokens: int | None = None  # keep the prompt's last so many; -1: what leaves room for the answer

@@ -15,17 +15,23 @@ from http import HTTPStatus
 
 from aiohttp import http_exceptions, web
 
+from servd import __version__
 from servd.api.access import KeyRing
 from servd.api.http import routes
+from servd.api.http.anthropic.errors import anthropic_error_json
 from servd.api.http.context import (
     BODY_TIMEOUT,
+    ENGINE_FEED,
+    ERROR_BODIES,
     KEEP_ALIVE,
     KEYS,
     PUBLIC_ROUTES,
+    RESPONSES,
     RESUMABLE_STREAMS,
     SERVER_CONFIG,
     SERVICE,
     WRITE_TIMEOUT,
+    ErrorBody,
 )
 from servd.api.http.errors import (
     BadHTTPError,
@@ -36,16 +42,18 @@ from servd.api.http.errors import (
 )
 from servd.api.http.event_stream import resume_streams
 from servd.api.http.middleware import add_headers, check_access, errors_as_json, identify_and_log
+from servd.api.http.openapi import API_DOCUMENT, ApiDocument, Endpoint
+from servd.api.http.responses.store import ResponseStore
 from servd.api.http.resumable_streams import ResumableStreams
 from servd.api.service import InferenceService
 from servd.api.tls import RELOAD_SECONDS, TlsContext, TlsFiles
 from servd.config import ServerConfig
+from servd.engine.observer import EngineFeed, EngineObserver
 from servd.errors import ConfigError, ServdError
 
 KEEPALIVE_SECONDS = 75.0  # also what a client has to send the head of a request
 SHUTDOWN_SECONDS = 2.0  # handlers are done by then: the engine was drained before
 BACKLOG = 2048
-PROBES = frozenset(("/health", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"))  # they carry no key
 
 _log = logging.getLogger("servd.http")
 _NO_ACCESS_LOG = logging.getLogger("servd.http.aiohttp_access")  # the middleware writes the one line a request
@@ -152,23 +160,29 @@ def create_app(
     app[SERVICE] = service
     app[SERVER_CONFIG] = server_config
     app[KEYS] = KeyRing.of(server_config) if keys is None else keys
-    app[PUBLIC_ROUTES] = PROBES
     app[WRITE_TIMEOUT] = write_timeout
     app[BODY_TIMEOUT] = body_timeout
     app[KEEP_ALIVE] = server_config.sse_keep_alive
     app[RESUMABLE_STREAMS] = ResumableStreams(server_config.resume_seconds, server_config.resume_buffer_bytes)
-    app.on_shutdown.append(_close_resumable_streams)
+    error_bodies: dict[str, ErrorBody] = {"/v1/messages": anthropic_error_json}
+    app[ERROR_BODIES] = error_bodies
+    app[RESPONSES] = ResponseStore()
+    app.on_shutdown.append(_close_kept_streams)
     app.on_response_prepare.append(add_headers)
-    for route_file in discover_routes():
-        app.router.add_routes(route_file)
+    endpoints = [endpoint for route_file in discover_routes() for endpoint in route_file]
+    app.router.add_routes(endpoints)
+    app[PUBLIC_ROUTES] = frozenset(endpoint.path for endpoint in endpoints if endpoint.operation.public)
+    app[API_DOCUMENT] = ApiDocument(endpoints)
+    app[ENGINE_FEED] = EngineFeed(EngineObserver(service.engine, service.model_name, __version__))
     return app
 
 
-async def _close_resumable_streams(app: web.Application) -> None:
+async def _close_kept_streams(app: web.Application) -> None:
     await app[RESUMABLE_STREAMS].close()
+    await app[RESPONSES].close()
 
 
-def discover_routes() -> list[list[web.RouteDef]]:
+def discover_routes() -> list[list[Endpoint]]:
     """`ROUTES` of each file in the routes folder: a new endpoint is a new file there."""
     names = sorted(module.name for module in pkgutil.iter_modules(routes.__path__))
     return [importlib.import_module(f"{routes.__name__}.{name}").ROUTES for name in names]

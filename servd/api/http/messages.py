@@ -41,6 +41,7 @@ class ChatMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     tool_call_id: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # its newer name
     audio: Any = None
     function_call: Any = None
     annotations: Any = None
@@ -73,6 +74,8 @@ def _template_message(message: ChatMessage, where: str) -> dict[str, Any]:
     for field in ("name", "tool_call_id", "refusal", "reasoning_content"):
         if (value := getattr(message, field)) is not None:
             rendered[field] = value
+    if message.reasoning is not None and message.reasoning_content is None:
+        rendered["reasoning_content"] = message.reasoning  # as templates know it
     if message.tool_calls:
         rendered["tool_calls"] = [
             _template_tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(message.tool_calls)
@@ -113,7 +116,7 @@ def _template_tool_call(call: ToolCall, where: str) -> dict[str, Any]:
     if call.type != "function":
         raise UnsupportedError(f"{where}.type is {call.type[:100]!r}; allowed: 'function'", param=f"{where}.type")
     try:  # templates print the arguments as an object
-        arguments = msgspec.json.decode(call.function.arguments, type=dict[str, Any])
+        arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
     except (msgspec.DecodeError, RecursionError):
         raise InvalidRequestError(
             f"{where}.function.arguments is not the text of a JSON object", param=f"{where}.function.arguments"

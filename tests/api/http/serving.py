@@ -19,7 +19,7 @@ from servd.api.http.app import start_http, stop_http
 from servd.api.service import InferenceService
 from servd.config import ServerConfig
 from servd.engine.async_engine import AsyncEngine
-from tests.fakes import FakeEngine, FakeExecutor
+from tests.fakes import ByteTokenizer, FakeEngine, FakeExecutor
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -118,15 +118,17 @@ async def serve(
     max_position_embeddings: int = 2048,
     write_timeout: float = 60.0,
     body_timeout: float = 60.0,
+    tokenizer: ByteTokenizer | None = None,
     **executor_options: Any,
 ) -> AsyncIterator[Served]:
     """A server on a free port, and a client session; on the way out nothing may still run or hold blocks."""
-    fake = FakeEngine(folder, settings or {}, max_position_embeddings, executor_options)
+    fake = FakeEngine(folder, settings or {}, max_position_embeddings, executor_options, tokenizer or ByteTokenizer())
     async with fake:
-        service = InferenceService(fake.engine, "fake")
-        runner, port = await start_http(
-            service, server or ServerConfig(port=0), write_timeout=write_timeout, body_timeout=body_timeout
+        config = server or ServerConfig(port=0)
+        service = InferenceService(
+            fake.engine, "fake", tool_call_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser
         )
+        runner, port = await start_http(service, config, write_timeout=write_timeout, body_timeout=body_timeout)
         try:
             async with aiohttp.ClientSession() as session:
                 yield Served(fake, session, port, runner)

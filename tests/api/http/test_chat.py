@@ -73,7 +73,9 @@ def test_messages_reach_the_template(tmp_path: Path) -> None:
             ]
             await chat(server, messages=messages, max_tokens=1)
             assert prompt_of(server) == (
-                "system: be brief\nuser: a\nb\nassistant: \ntool: 42\nassistant: ok\nuser: \nassistant: "
+                "system: be brief\nuser: a\nb\n"
+                'assistant: <tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n'
+                "user: <tool_response>\n42\n</tool_response>\nassistant: ok\nuser: \nassistant: "
             )
             thinking = {"enable_thinking": False}
             await chat(server, max_tokens=1, add_generation_prompt=False, chat_template_kwargs=thinking)

@@ -76,6 +76,23 @@ class CacheMachine(RuleBasedStateMachine):
         self.live[child.request_id] = (child, self.manager.fork(parent, child, parent.num_prompt_tokens))
 
     @precondition(lambda self: self.live)
+    @rule(data=st.data(), tokens=st.lists(st.integers(0, 4), min_size=1, max_size=4))
+    def fork_beams(self, data, tokens):
+        """Children go on from all that the parent computed, each with a token of its own; the parent ends."""
+        parent, computed = self.live[data.draw(st.sampled_from(sorted(self.live)))]
+        if computed < parent.num_tokens:
+            return
+        for token in tokens:
+            self.count += 1
+            child = Request(
+                f"r{self.count}", [*parent.all_token_ids(), token], parent.sampling_params, max_model_len=500,
+                cache_salt=parent.cache_salt,
+            )  # fmt: skip
+            assert self.manager.fork(parent, child, computed) == computed
+            self.live[child.request_id] = (child, computed)
+        self.manager.free(self.live.pop(parent.request_id)[0])
+
+    @precondition(lambda self: self.live)
     @rule(data=st.data())
     def finish_or_preempt(self, data):
         request, _ = self.live.pop(data.draw(st.sampled_from(sorted(self.live))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,49 @@ def test_template_of_tokenizer_config(tmp_path: Path, source: object, expected: 
 def test_syntax_error_is_a_config_error_naming_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"chat_template\.jinja is not a valid chat template"):
         load_chat_template(files_with(tmp_path, "{% for %}"), {})
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}", "takes longer than 2 s"),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+            "longer than",
+        ),
+        ("{{ 'x' * 10000000000 }}", "'*' on values as large"),
+        ("{{ 10000000000 * 'x' }}", "'*' on values as large"),
+        ("{{ [1] * 10000000000 }}", "'*' on values as large"),
+        ("{{ 10 ** 10000000000 }}", "'**' on values as large"),
+    ],
+)
+def test_a_template_cannot_run_for_ever(source: str, reason: str) -> None:
+    with pytest.raises(InvalidRequestError, match=re.escape(reason)):
+        render(source)
+
+
+def test_small_products_are_fine() -> None:
+    assert render("{{ 'ab' * 3 }} {{ 2 ** 10 }} {{ 1.5 * 2 }} {{ 2 * 3 }} {{ 2 ** -1 }}") == "ababab 1024 3.0 6 0.5"
+
+
+def test_loops_and_macros_still_do_what_they_say() -> None:
+    source = (
+        "{% macro twice(x) %}{{ x }}{{ x }}{% endmacro %}"
+        "{% for m in messages if m.content %}{{ loop.index }}{{ twice(m.content) }}{% else %}none{% endfor %}"
+    )
+    assert render(source) == "1" + 2 * MESSAGES[0]["content"]
+    assert render("{% for m in [] %}x{% else %}none{% endfor %}") == "none"
+
+
+def test_a_template_tells_what_it_takes() -> None:
+    template = ChatTemplate("{% if tools %}{{ bos_token }}{% endif %}{% set x = 1 %}{{ x }}{{ effort }}", {})
+    assert template.variables == {"tools", "bos_token", "effort"}
+
+
+def test_the_last_message_can_be_continued() -> None:
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>\n{% endfor %}"
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "So, "}]
+    template = ChatTemplate(source, {})
+    assert template.render(messages, continue_final_message=True) == "<user>hi</>\n<assistant>So, "
+    with pytest.raises(InvalidRequestError, match="cannot be continued"):
+        ChatTemplate("{{ messages[0].content }}", {}).render(messages, continue_final_message=True)

@@ -249,6 +249,17 @@ def test_later_answers_wait_for_the_prompt_they_share(tmp_path: Path) -> None:
     assert second["waited_for"] == {"first_answer": pytest.approx(second["seconds"]["queued"])}
 
 
+def test_a_beam_search_counts_its_steps_and_its_answers_are_not_in_the_queue(tmp_path: Path) -> None:
+    async def scenario(fake: FakeEngine) -> list[dict[str, Any]]:
+        await ask(fake, "r", "x" * 40, 6, n=2, use_beam_search=True)
+        return [record(fake, "r", index) for index in (0, 1)]
+
+    for answer in run(tmp_path, scenario):
+        assert set(answer["seconds"]) == {"queued", "search"} and answer["seconds"]["search"] > 0
+        assert answer["num_steps"] >= 6 and answer["batch_size"]["max"] >= 2
+        assert (answer["state"], answer["output_tokens"]) == ("finished", None)
+
+
 def test_a_prompt_only_request_and_an_aborted_one_end(tmp_path: Path) -> None:
     async def scenario(fake: FakeEngine) -> list[dict[str, Any]]:
         await ask(fake, "prompt", "x" * 40, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from servd.cache.kv_cache_manager import KVCacheManager
@@ -27,11 +29,16 @@ def expected_tokens(prompt: list[int], count: int) -> list[int]:
 class WorkerModel:
     """Keeps a table and a KV memory per request from plans alone, as a worker does, and checks what it is told.
 
-    It guesses as many tokens as plans allow; how many of them are right changes from step to step.
+    It guesses as many tokens as plans allow; how many of them are right changes from step to step. Of constrained
+    requests, a `share_deferred` gets no token in a step, as if their grammars were not ready.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, share_deferred: float = 0.0) -> None:
         self.block_size = block_size
+        self.share_deferred = share_deferred
+        self.num_deferred = 0
+        self.constrained: set[str] = set()
+        self._random = random.Random(1)
         self.tokens: dict[str, list[int]] = {}
         self.tables: dict[str, list[int]] = {}
         self.max_total_tokens: dict[str, int] = {}
@@ -46,6 +53,8 @@ class WorkerModel:
             self.tokens[new.request_id] = list(new.token_ids)
             self.tables[new.request_id] = list(new.block_ids)
             self.max_total_tokens[new.request_id] = new.max_total_tokens
+            if new.sampling_params.is_constrained:
+                self.constrained.add(new.request_id)
         for source, destination in plan.block_copies:
             for offset in range(self.block_size):
                 if (source, offset) in self.memory:
@@ -60,7 +69,9 @@ class WorkerModel:
         for request_id, computed, count, new_blocks, samples, num_drafts in zip(*columns, strict=True):
             tokens = self.tokens[request_id]
             self.tables[request_id].extend(new_blocks)
-            assert count > 0 and computed + count <= len(tokens), f"{request_id}: {computed}+{count} of {len(tokens)}"
+            may_lag = samples and request_id in self.constrained
+            known = computed + count <= len(tokens) or may_lag
+            assert count > 0 and known, f"{request_id}: {computed}+{count} of {len(tokens)}"
             if not samples:
                 assert num_drafts == 0, f"{request_id} may guess behind a chunk that does not reach its end"
                 self._compute(request_id, tokens, computed, computed + count)
@@ -71,6 +82,9 @@ class WorkerModel:
             drafts = self._guess(tokens, min(num_drafts, room))
             end = len(tokens)
             self._compute(request_id, tokens + drafts, end - count, end + len(drafts))
+            if may_lag and self._random.random() < self.share_deferred:
+                self.num_deferred += 1
+                continue
             for draft in [*drafts, None]:
                 tokens.append(next_token(tokens))
                 if tokens[-1] != draft:

@@ -23,31 +23,34 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching=st.booleans(),
         threshold=st.sampled_from([0, 5]),
         drafts=st.sampled_from([0, 1, 4, 20]),
+        share_deferred=st.sampled_from([0.2, 0.7]),
         share=st.sampled_from([0, 0.3, 0.8]),
     )
-    def start(self, num_tokens, block, max_num_seqs, policy, budget, caching, threshold, drafts, share):
+    def start(self, num_tokens, block, max_num_seqs, policy, budget, caching, threshold, drafts, share_deferred, share):
         num_blocks = -(-num_tokens // block) + 1  # of 256 tokens, just one that can be used
         config = SchedulerConfig(
             max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, scheduling_policy=policy,
             long_prefill_token_threshold=threshold, num_speculative_tokens=drafts,
         )  # fmt: skip
         self.scheduler = Scheduler(config, KVCacheManager(num_blocks, block, enable_prefix_caching=caching))
-        self.worker = WorkerModel(block)
+        self.worker = WorkerModel(block, share_deferred)
         self.results = []
         self.everyone: dict[str, Request] = {}
         self.ended: dict[str, FinishReason] = {}
         self.max_pinned = int((num_blocks - 1) * share) if caching else 0
         self.longest = min((num_blocks - 1 - self.max_pinned) * block, num_tokens)
         self.pins: dict[str, int] = {}  # name → blocks
+        self.kept: list[Request] = []  # complete, with blocks that a fork may take
 
     @rule(
         kind=st.integers(0, 2), length=st.integers(1, 30), max_tokens=st.integers(0, 12), n=st.integers(1, 3),
-        priority=st.integers(0, 2), stop=st.booleans(),
+        priority=st.integers(0, 2), stop=st.booleans(), constrained=st.booleans(),
     )  # fmt: skip
-    def add(self, kind, length, max_tokens, n, priority, stop):
+    def add(self, kind, length, max_tokens, n, priority, stop, constrained):
         prompt = [(kind * 13 + i * kind) % 90 for i in range(min(length, self.longest - max_tokens))]
         stop_ids = tuple(expected_tokens(prompt, 5)[4:]) if stop else ()
-        params = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_ids)
+        allowed = tuple(range(97)) if constrained else None  # all there are: such requests are deferred now and then
+        params = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_ids, allowed_token_ids=allowed)
         names = [f"r{len(self.everyone) + i}" for i in range(n)]
         for name in names:
             request = Request(
@@ -77,6 +80,28 @@ class SchedulerMachine(RuleBasedStateMachine):
         if name not in self.scheduler.requests:
             del self.pins[name]
             self.scheduler.cache.unpin(name)
+    @rule(length=st.integers(1, 30), priority=st.integers(0, 2))
+    def add_root_of_forks(self, length, priority):
+        prompt = [(5 * i) % 90 for i in range(min(length, self.longest - 1))]
+        params = SamplingParams(max_tokens=1)
+        request = Request(
+            f"r{len(self.everyone)}", prompt, params, max_model_len=self.longest, priority=priority, keeps_blocks=True
+        )
+        self.everyone[request.request_id] = request
+        self.scheduler.add(request)
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data(), tokens=st.lists(st.integers(0, 96), min_size=0, max_size=4))
+    def fork(self, data, tokens):
+        parent = self.kept.pop(data.draw(st.integers(0, len(self.kept) - 1)))
+        for token in tokens if parent.num_tokens < self.longest else ():
+            child = Request(
+                f"r{len(self.everyone)}", [*parent.prompt_token_ids, token], parent.sampling_params,
+                max_model_len=self.longest, priority=parent.priority, keeps_blocks=True,
+            )  # fmt: skip
+            self.everyone[child.request_id] = child
+            self.scheduler.fork(parent, child)
+        self.scheduler.release(parent)
 
     @precondition(lambda self: len(self.results) < 2)
     @rule()
@@ -99,6 +124,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for update in self.scheduler.update_from_output(self.results.pop(0)):
             if update.finish_reason is not None:
                 self.ended[update.request.request_id] = update.finish_reason
+            if update.finish_reason is FinishReason.LENGTH and update.request.keeps_blocks:
+                self.kept.append(update.request)
 
     @precondition(lambda self: self.scheduler.requests)
     @rule(data=st.data())
@@ -119,7 +146,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for update in self.scheduler.recover(workers_lost=lost):
             self.ended[update.request.request_id] = update.finish_reason
         if lost:
-            self.worker = WorkerModel(self.worker.block_size)
+            self.worker = WorkerModel(self.worker.block_size, self.worker.share_deferred)
 
     @invariant()
     def what_is_findable_was_written(self):
@@ -148,6 +175,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.plan()
             if self.results:
                 self.take_result()
+        for request in self.kept:
+            self.scheduler.release(request)
         assert not self.scheduler.has_work(), f"stuck: {list(self.scheduler.requests.values())}"
         assert set(self.ended) == set(self.everyone)
         for name in self.pins:

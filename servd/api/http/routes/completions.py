@@ -14,8 +14,11 @@ from aiohttp import web
 from servd.api.http.context import SERVICE, system_fingerprint
 from servd.api.http.decode import decode_body, read_body
 from servd.api.http.generation import Answer, gather_answers, start_streams
+from servd.api.http.openapi import GENERATES, Endpoint, Operation
 from servd.api.http.replies import CompletionLogprobs, finish_reason_text, json_reply, vllm_prompt_logprobs
+from servd.api.http.reply_types import Completion
 from servd.api.http.schema import CompletionRequest, StreamOptions
+from servd.api.http.schema.answer_format import answer_format
 from servd.api.http.sse import stream_reply
 from servd.api.service import InferenceService
 from servd.engine.detokenizer import Detokenizer
@@ -33,14 +36,19 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     service.check_model(body.model)
     body.check()
     params = body.to_sampling_params(service.engine.tokenizer.vocab_size, service.engine.sampling_defaults)
-    service.engine.check_room(params.n)
+    service.engine.check_room(params.num_sequences)
+    if (form := answer_format(body)) is not None:
+        await service.engine.check_guidance(params, param=form.param)
     prompts = body.prompts()
     names = ["prompt"] if len(prompts) == 1 else [f"prompt[{i}]" for i in range(len(prompts))]
     token_ids = [
-        await _encode(service, prompt, name, add_special_tokens=body.add_special_tokens)
+        await _encode(service, body, prompt, name)
         for prompt, name in zip(prompts, names, strict=True)
     ]
-    choices = _Choices(service, body, params, prompts, token_ids, await _echoed_texts(service, body, prompts))
+    if body.truncate_prompt_tokens is not None:  # what is echoed is what the model read
+        prompts = list(token_ids)
+    echoed = await _echoed_texts(service, body, prompts, token_ids)
+    choices = _Choices(service, body, params, prompts, token_ids, echoed)
     request_id = service.new_request_id("cmpl")
     streams = await start_streams(request, body, token_ids, params, request_id, names)
     head: dict[str, object] = {
@@ -61,16 +69,24 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
 
 
 async def _encode(
-    service: InferenceService, prompt: str | list[int], name: str, *, add_special_tokens: bool
+    service: InferenceService, body: CompletionRequest, prompt: str | list[int], name: str
 ) -> list[int]:
+    """Token ids of a prompt; of those the last ones, if it is to be cut."""
     limit = service.engine.max_model_len
-    if not isinstance(prompt, str) and len(prompt) > limit:  # before millions of ids are looked at one by one
-        raise InvalidRequestError(f"{name} has {len(prompt)} tokens; allowed: at most {limit - 1}", param=name)
-    return await service.encode_prompt(prompt, add_special_tokens=add_special_tokens, param=name)
+    kept = body.truncate_prompt_tokens
+    if kept == -1:
+        kept = max(limit - body.max_answer_tokens, 1)
+    if not isinstance(prompt, str):
+        if kept is not None:
+            prompt = prompt[-kept:]
+        if len(prompt) > limit:  # before millions of ids are looked at one by one
+            raise InvalidRequestError(f"{name} has {len(prompt)} tokens; allowed: at most {limit - 1}", param=name)
+    token_ids = await service.encode_prompt(prompt, add_special_tokens=body.add_special_tokens, param=name)
+    return token_ids if kept is None else token_ids[-kept:]
 
 
 async def _echoed_texts(
-    service: InferenceService, body: CompletionRequest, prompts: list[str | list[int]]
+    service: InferenceService, body: CompletionRequest, prompts: list[str | list[int]], token_ids: list[list[int]]
 ) -> list[str]:
     """What each answer begins with: its prompt with `echo`, else nothing."""
     if not body.echo:
@@ -78,8 +94,8 @@ async def _echoed_texts(
     return [
         prompt
         if isinstance(prompt, str)
-        else await service.detokenize(prompt, skip_special_tokens=body.skip_special_tokens)
-        for prompt in prompts
+        else await service.detokenize(ids, skip_special_tokens=body.skip_special_tokens)
+        for prompt, ids in zip(prompts, token_ids, strict=True)
     ]
 
 
@@ -129,10 +145,7 @@ class _Choices:
         if self._body.return_token_ids:
             choice["prompt_token_ids"] = self._prompts[prompt]
             choice["token_ids"] = answer.token_ids
-        if self._body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = vllm_prompt_logprobs(
-                self._tokenizer, prompt_logprobs, self._body.prompt_logprobs
-            )
+        self._add_prompt_logprobs(choice, prompt_logprobs)
         return choice
 
     def render_news(self, index: int, output: RequestOutput) -> list[bytes]:
@@ -144,7 +157,8 @@ class _Choices:
             self._begun.add(index)
             text = self._echoed[index // self._n] + text
             prompt_logprobs = self._prompt_logprobs(index, output.prompt_logprobs)
-        shows_tokens = self._body.logprobs is not None or self._body.return_token_ids
+        body = self._body
+        shows_tokens = body.logprobs is not None or body.prompt_logprobs is not None or body.return_token_ids
         if not text and output.finish_reason is None and not (shows_tokens and (output.token_ids or first)):
             return []
         choice = self._entry(index, text, output.logprobs, prompt_logprobs)
@@ -155,7 +169,13 @@ class _Choices:
             choice["token_ids"] = output.token_ids
             if first:
                 choice["prompt_token_ids"] = self._prompts[index // self._n]
+        if first:
+            self._add_prompt_logprobs(choice, prompt_logprobs)
         return [msgspec.json.encode(choice)]
+
+    def _add_prompt_logprobs(self, choice: dict[str, Any], entries: list[TokenLogprobs | None]) -> None:
+        if self._body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = vllm_prompt_logprobs(self._tokenizer, entries, self._body.prompt_logprobs)
 
     def _prompt_logprobs(
         self, index: int, entries: list[TokenLogprobs | None] | None
@@ -185,4 +205,11 @@ class _Choices:
         return {"index": index, "text": text, "logprobs": shown}
 
 
-ROUTES = [web.post("/v1/completions", create_completion)]
+ROUTES = [
+    Endpoint(
+        "POST", "/v1/completions", create_completion,
+        Operation(
+            "Go on with a text", body=CompletionRequest, reply=Completion, events=Completion, errors=GENERATES
+        ),
+    )
+]  # fmt: skip

@@ -10,7 +10,9 @@ from aiohttp import web
 
 from servd import __version__
 from servd.api.http.context import SERVICE
+from servd.api.http.openapi import Endpoint, Operation
 from servd.api.http.replies import json_reply
+from servd.api.http.reply_types import Health, Version
 
 
 async def health(request: web.Request) -> web.Response:
@@ -33,9 +35,11 @@ async def version(_: web.Request) -> web.Response:
     return json_reply({"version": __version__})
 
 
+_READY = Operation("Whether requests are taken", reply=Health, replies={503: Health}, public=True)
+
 ROUTES = [
-    web.get("/health", health),
-    web.get("/readyz", health),
-    web.get("/livez", alive),
-    web.get("/version", version),
+    Endpoint("GET", "/health", health, _READY),
+    Endpoint("GET", "/readyz", health, _READY),
+    Endpoint("GET", "/livez", alive, Operation("Whether the process answers", reply=Health, public=True)),
+    Endpoint("GET", "/version", version, Operation("The server's version", reply=Version)),
 ]

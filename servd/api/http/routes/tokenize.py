@@ -5,14 +5,25 @@ Knows nothing of generation.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from aiohttp import web
 
+from servd.api.chat.call import ChatCall
+from servd.api.chat.plan import encode_call
+from servd.api.chat.tools import check_json
 from servd.api.http.context import SERVICE
 from servd.api.http.decode import decode_body, read_body
 from servd.api.http.messages import ChatMessage, template_messages
+from servd.api.http.openapi import Endpoint, Operation
 from servd.api.http.replies import json_reply
-from servd.errors import InvalidRequestError
+from servd.api.http.reply_types import DetokenizeReply, TokenizeReply
+from servd.api.http.schema.chat import MAX_TEMPLATE_VALUES
+from servd.api.http.schema.chat_tools import ToolDefinition, tools_of
+from servd.api.service import MAX_DETOKENIZE_TOKENS, MAX_TOKENIZE_CHARS
+from servd.errors import InvalidRequestError, NotFoundError
+from servd.sampling_params import SamplingParams
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -21,8 +32,11 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
+    tools: list[ToolDefinition] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool = False
 
 
@@ -45,9 +59,16 @@ async def tokenize(request: web.Request) -> web.Response:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("prompt and messages: allowed is exactly one of them", param="prompt")
     if body.messages is not None:
-        token_ids = await service.encode_chat(
-            template_messages(body.messages), add_generation_prompt=body.add_generation_prompt
+        check_json(body.chat_template_kwargs, "chat_template_kwargs", MAX_TEMPLATE_VALUES)
+        call = ChatCall(
+            template_messages(body.messages),
+            SamplingParams(),
+            tools=tools_of(body.tools),
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            template_kwargs=body.chat_template_kwargs,
         )
+        token_ids = await encode_call(service, call)
     else:
         token_ids = await service.tokenize(body.prompt or "", add_special_tokens=body.add_special_tokens)
     texts = await service.token_texts(token_ids) if body.return_token_strs else None
@@ -69,4 +90,19 @@ async def detokenize(request: web.Request) -> web.Response:
     return json_reply({"prompt": await service.detokenize(body.tokens)})
 
 
-ROUTES = [web.post("/tokenize", tokenize), web.post("/detokenize", detokenize)]
+ROUTES = [
+    Endpoint(
+        "POST", "/tokenize", tokenize,
+        Operation(
+            "Text to token ids", body=TokenizeRequest, reply=TokenizeReply, errors=(NotFoundError,),
+            ranges={"prompt": {"maxLength": MAX_TOKENIZE_CHARS}},
+        ),
+    ),
+    Endpoint(
+        "POST", "/detokenize", detokenize,
+        Operation(
+            "Token ids to text", body=DetokenizeRequest, reply=DetokenizeReply, errors=(NotFoundError,),
+            ranges={"tokens": {"maxItems": MAX_DETOKENIZE_TOKENS, "items": {"type": "integer", "minimum": 0}}},
+        ),
+    ),
+]  # fmt: skip

@@ -1,6 +1,6 @@
 """The body of /v1/chat/completions, field by field.
 
-Knows nothing of templates, tools or engines.
+Knows nothing of templates or engines.
 """
 
 from __future__ import annotations
@@ -8,13 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from servd.api.http.messages import ChatMessage
-from servd.api.http.schema.checks import check_range, renamed
+from servd.api.chat.call import ChatCall
+from servd.api.chat.tools import check_json
+from servd.api.http.messages import ChatMessage, template_messages
+from servd.api.http.schema.answer_format import answer_format
+from servd.api.http.schema.chat_tools import NamedToolChoice, ToolDefinition, tool_choice_of, tools_of
+from servd.api.http.schema.checks import check_count, check_range, renamed
 from servd.api.http.schema.generation import GenerationRequest
 from servd.errors import InvalidRequestError
 from servd.sampling_params import MAX_LOGPROBS, SamplingParams
 
-Scalar = str | int | float | bool | None
+MAX_TEMPLATE_VALUES = 10_000  # numbers, texts, lists and objects in chat_template_kwargs, and in documents
+MAX_DOCUMENTS = 1024
 
 # What a template's caller may not override: the names that the renderer itself sets.
 _RESERVED_TEMPLATE_NAMES = frozenset(
@@ -27,23 +32,16 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
     """The body of /v1/chat/completions."""
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = GenerationRequest.NEUTRAL | {
-        "tools": (None, []),
-        "tool_choice": (None, "none"),
-        "functions": (None, []),
+        "functions": (None, []),  # OpenAI's older tools, whose replies have another shape
         "function_call": (None, "none"),
-        "response_format": (None, {"type": "text"}),
         "modalities": (None, ["text"]),
         "audio": (None,),
         "prediction": (None,),
         "moderation": (None,),
         "store": (None, False),
         "web_search_options": (None,),
-        "reasoning_effort": (None, "none"),
         "verbosity": (None, "medium"),
         "chat_template": (None,),
-        "documents": (None, []),
-        "continue_final_message": (None, False),
-        "echo": (None, False),
         "add_special_tokens": (None, False),
     }
 
@@ -51,26 +49,29 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Scalar] | None = None
-    parallel_tool_calls: bool | None = None  # no effect: there are no tools
-    tools: Any = None
-    tool_choice: Any = None
+    # tools and thought
+    tools: list[ToolDefinition] | None = None
+    tool_choice: str | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool = True
+    # how the conversation becomes a prompt
+    add_generation_prompt: bool | None = None  # true, unless the final message is continued
+    continue_final_message: bool = False
+    echo: bool = False  # the reply begins with the final message, if that is an assistant's
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    # refused unless neutral
     functions: Any = None
     function_call: Any = None
-    response_format: Any = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
     moderation: Any = None
     store: Any = None
     web_search_options: Any = None
-    reasoning_effort: Any = None
     verbosity: Any = None
     chat_template: Any = None
-    documents: Any = None
-    continue_final_message: Any = None
-    echo: Any = None
     add_special_tokens: Any = None
 
     def check(self) -> None:
@@ -86,11 +87,35 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
                 f"({self.max_tokens}), or one of the two",
                 param="max_completion_tokens",
             )
+        if self.continue_final_message and self.add_generation_prompt:
+            raise InvalidRequestError(
+                "continue_final_message and add_generation_prompt are true; allowed: one of the two",
+                param="continue_final_message",
+            )
+        check_count("documents", self.documents or (), MAX_DOCUMENTS)
+        check_json(self.documents, "documents", MAX_TEMPLATE_VALUES)
+        check_json(self.chat_template_kwargs, "chat_template_kwargs", MAX_TEMPLATE_VALUES)
         for name in self.chat_template_kwargs or ():
             if name in _RESERVED_TEMPLATE_NAMES:
                 raise InvalidRequestError(
                     f"chat_template_kwargs holds {name!r}, which the server sets itself", param="chat_template_kwargs"
                 )
+
+    def to_call(self, params: SamplingParams) -> ChatCall:
+        """The conversation to be answered. Raises InvalidRequestError or UnsupportedError naming the field."""
+        return ChatCall(
+            template_messages(self.messages),
+            params,
+            tools=tools_of(self.tools),
+            tool_choice=tool_choice_of(self.tool_choice, self.parallel_tool_calls),
+            answer_format=answer_format(self),
+            add_generation_prompt=self.add_generation_prompt is not False,
+            continue_final_message=self.continue_final_message,
+            template_kwargs=self.chat_template_kwargs,
+            documents=self.documents or (),
+            reasoning_effort=self.reasoning_effort,
+            truncate_prompt_tokens=self.truncate_prompt_tokens,
+        )
 
     @property
     def max_tokens_field(self) -> str:

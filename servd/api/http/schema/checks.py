@@ -23,7 +23,7 @@ def renamed(name: str, client_name: str) -> Iterator[None]:
     except InvalidRequestError as error:
         if error.param != name or name == client_name:
             raise
-        raise InvalidRequestError(error.message.replace(name, client_name, 1), param=client_name) from None
+        raise type(error)(error.message.replace(name, client_name, 1), param=client_name) from None
 
 
 def logit_bias(biases: dict[str, float] | None) -> dict[int, float] | None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from servd.api.chat.tools import format_text
+from servd.api.http.schema.answer_format import answer_format
+from servd.api.http.schema.checks import renamed
 from servd.api.http.schema.generation import GenerationRequest
-from servd.errors import InvalidRequestError, UnsupportedError
+from servd.errors import InvalidRequestError
 from servd.sampling_params import SamplingParams
 
 MAX_PROMPTS = 256
@@ -21,22 +24,26 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = GenerationRequest.NEUTRAL | {
         "suffix": (None, ""),
-        "response_format": (None, {"type": "text"}),
+        "prompt_embeds": (None,),
+        "routed_experts_prompt_start": (None, 0),
+        "return_token_offsets": (None, False),
+        "return_mm_kwargs": (None, True),
     }
 
     prompt: str | list[str | int | list[int]]
     echo: bool | None = None
     logprobs: int | None = None
-    best_of: int | None = None
     add_special_tokens: bool = True
     suffix: Any = None
-    response_format: Any = None
+    prompt_embeds: Any = None
+    routed_experts_prompt_start: Any = None
+    return_token_offsets: Any = None
+    return_mm_kwargs: Any = None
 
-    def check(self) -> None:
-        """See GenerationRequest.check."""
-        GenerationRequest.check(self)
-        if self.best_of not in (None, self.n or 1):
-            raise UnsupportedError(f"best_of is {self.best_of}; allowed: n ({self.n or 1})", param="best_of")
+    @property
+    def max_answer_tokens(self) -> int:
+        """16 unless asked for more, as OpenAI has it."""
+        return 16 if self.max_tokens is None else self.max_tokens
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one or many. Raises InvalidRequestError for an empty, mixed or overlong list."""
@@ -55,24 +62,30 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
             return [prompt]  # type: ignore[list-item]  # all of them are ints
         if len(prompt) > MAX_PROMPTS:
             raise InvalidRequestError(f"prompt has {len(prompt)} prompts; allowed: {MAX_PROMPTS}", param="prompt")
-        if len(prompt) * (self.n or 1) > MAX_CHOICES:
+        if len(prompt) * self.num_sequences > MAX_CHOICES:
+            name = "n" if self.best_of is None else "best_of"
             raise InvalidRequestError(
-                f"n is {self.n} for {len(prompt)} prompts; allowed: together at most {MAX_CHOICES} answers", param="n"
+                f"{name} is {self.num_sequences} for {len(prompt)} prompts; allowed: together at most {MAX_CHOICES} "
+                "answers",
+                param=name,
             )
         return prompt  # type: ignore[return-value]  # no ints among them
 
     def to_sampling_params(self, vocab_size: int, defaults: Mapping[str, float]) -> SamplingParams:
-        """Sampling settings; 16 tokens unless asked for more, as OpenAI has it.
+        """Sampling settings.
 
         With `echo`, the prompt's tokens need log-probabilities like the answer's.
         """
         wanted = self.prompt_logprobs
         if self.echo and self.logprobs is not None:
             wanted = max(self.logprobs, wanted or 0)
-        return self.sampling_params(
-            vocab_size,
-            defaults,
-            max_tokens=16 if self.max_tokens is None else self.max_tokens,
-            logprobs=self.logprobs,
-            prompt_logprobs=wanted,
-        )
+        form = answer_format(self)
+        with renamed("guidance", "guidance" if form is None else form.param):
+            return self.sampling_params(
+                vocab_size,
+                defaults,
+                max_tokens=self.max_answer_tokens,
+                logprobs=self.logprobs,
+                prompt_logprobs=wanted,
+                guidance=None if form is None else format_text(form),
+            )
