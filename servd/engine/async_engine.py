@@ -267,11 +267,13 @@ class AsyncEngine:
         records = self.request_log.begin(request_id, answers, stream.unread_since)
         stream.on_unread = lambda index, since, seconds: records[index].unread(since, seconds)
         if timeout is not None:
-            error = DeadlineExceededError(f"the deadline of {timeout:g} s passed")
-            loop = asyncio.get_running_loop()
-            family.timer = loop.call_later(max(timeout, 0.0), self._end, request_id, FinishReason.DEADLINE, error)
+            family.timer = self._end_after(timeout, request_id)
         core.wake()
         return stream
+
+    def _end_after(self, delay: float, request_id: str) -> asyncio.TimerHandle:
+        error = DeadlineExceededError(f"the deadline of {delay:g} s passed")
+        return asyncio.get_running_loop().call_later(max(delay, 0), self._end, request_id, FinishReason.DEADLINE, error)
 
     async def check_guidance(self, params: SamplingParams, *, param: str = "guidance") -> None:
         """Raise InvalidRequestError, blaming `param`, unless answers can follow the grammar that `params` may have."""
