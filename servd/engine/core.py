@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from servd.engine.recovery import RestartBudget
+from servd.engine.request_log import RequestLog
 from servd.errors import ServdError, WorkerDied
 from servd.executor.base import Executor
 from servd.metrics import Metrics
@@ -48,6 +49,7 @@ class EngineCore:
         scheduler: Scheduler,
         executor: Executor,
         metrics: Metrics,
+        request_log: RequestLog,
         *,
         on_updates: Callable[[list[Update]], list[str]],
         on_state: Callable[[str, ServdError | None], None],
@@ -58,6 +60,8 @@ class EngineCore:
         self.step_log: deque[StepRecord] = deque(maxlen=512)
         self._executor = executor
         self._metrics = metrics
+        self._request_log = request_log
+        scheduler.on_stopped = request_log.stopped
         self._on_updates = on_updates  # returns the requests that a stop string ended
         self._on_state = on_state
         self._restarts = RestartBudget(max_restarts)
@@ -90,8 +94,10 @@ class EngineCore:
             if plan is None:
                 break
             future = self._executor.submit(plan)
+            self._request_log.planned(plan, self.scheduler.waiting_for)
             future.add_done_callback(self._step_done)
             self._inflight.append((plan, future))
+        self._request_log.waits_for(self.scheduler.waiting_for)
         self._count_scheduler()
 
     def _workers_died_idle(self, error: WorkerDied) -> None:
@@ -115,7 +121,9 @@ class EngineCore:
             self._inflight.popleft()
             output = future.result()
             self._record(plan, output)
-            stopped = self._on_updates(self.scheduler.update_from_output(output))
+            updates = self.scheduler.update_from_output(output)
+            self._request_log.stepped(plan, output, updates)
+            stopped = self._on_updates(updates)
             for request_id in stopped:
                 self.scheduler.finish(request_id, FinishReason.STOP)
         return None
@@ -125,6 +133,7 @@ class EngineCore:
         self._inflight.clear()
         workers_lost = isinstance(error, WorkerDied)
         logger.error("%s: %s", "the worker is lost and is restarted" if workers_lost else "a step is replayed", error)
+        self._request_log.steps_lost(workers_lost=workers_lost)
         self._on_updates(self.scheduler.recover(workers_lost=workers_lost))
         if workers_lost:
             self._on_state("recovering", None)

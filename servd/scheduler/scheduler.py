@@ -7,11 +7,12 @@ executors or text. Steps are planned ahead of their predecessors' results, so a 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import count
 
 from servd.cache.kv_cache_manager import Allocation, KVCacheManager
 from servd.config import SchedulerConfig
-from servd.outputs import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
+from servd.outputs import ModelRunnerOutput, SchedulerOutput
 from servd.request import FinishReason, Request, RequestStatus
 from servd.scheduler.plan import Plan, Share, Update
 from servd.scheduler.policies import POLICIES
@@ -20,9 +21,6 @@ from servd.scheduler.queue import RequestQueue
 # A request in whose steps the workers died (or the step failed) this often, and which got no further in between, runs
 # in steps of its own; once more, and it is failed.
 DEATHS_BEFORE_QUARANTINE = 2
-# Tokens after a death that count as "further". The replay's one prefill gives the first: a request that kills in
-# decode steps alone would never be found by it.
-TOKENS_PAST_A_DEATH = 2
 GIVEN_UP = "the model worker failed each time it computed this request"
 
 
@@ -42,6 +40,10 @@ class Scheduler:
         self.waiting = RequestQueue(self.policy)
         self.running = RequestQueue(self.policy)
         self.num_preemptions = 0
+        # What kept the first waiting request out of the last plan: blocks, seats (max_num_seqs), token_budget,
+        # quarantine (a suspect runs alone), or nothing but that steps in flight must end first.
+        self.waiting_for = "next_step"
+        self.on_stopped: Callable[[Request, str], None] | None = None  # told of each preemption, and why
         self._dropped: list[str] = []  # request ids the workers must forget with the next plan
         self._unsent: set[str] = set()  # running requests that the workers have not heard of
         self._held: dict[str, Request] = {}  # complete requests whose blocks are kept for forks
@@ -91,14 +93,17 @@ class Scheduler:
         plan = Plan(next(self._step_ids), self._dropped)
         budget = self.config.max_num_batched_tokens
         self._schedule_suspect(plan, budget)
+        self.waiting_for = "quarantine" if plan.shares else "next_step"
         if not plan.shares:
             preemptions = self.num_preemptions
             budget = self._schedule_running(plan, budget, list(self.running))
             if self.num_preemptions == preemptions:  # else the blocks just freed would go straight back
                 self._schedule_waiting(plan, budget)
-                if not plan.shares and not self._inflight and self._release_held():
-                    self._schedule_waiting(plan, budget)  # nothing else could ever make room
+            else:
+                self.waiting_for = "blocks"
         if not plan.shares:
+            if not self._inflight and self.requests and self._release_held():
+                return self.schedule()  # nothing else could ever make room
             return None  # ids in `_dropped` go with the next plan that has work
         if self.config.num_speculative_tokens:
             self._grant_drafts(plan)
@@ -149,13 +154,16 @@ class Scheduler:
     def _schedule_waiting(self, plan: Plan, budget: int) -> None:
         for request in self.waiting:
             if budget == 0 or len(self.running) >= self.config.max_num_seqs:
+                self.waiting_for = "token_budget" if budget == 0 else "seats"
                 return
             if not self._may_start(request):
                 continue
             if _is_quarantined(request):
+                self.waiting_for = "quarantine"
                 return  # its turn comes in a step of its own
             num_tokens = self._admit(request, budget, plan)
             if num_tokens is None:
+                self.waiting_for = "blocks"
                 return  # no room for it, and none may overtake it
             budget -= num_tokens
 
@@ -269,10 +277,11 @@ class Scheduler:
             if victim is request:
                 return None
 
-    def preempt(self, request: Request) -> None:
+    def preempt(self, request: Request, reason: str = "blocks") -> None:
         """Take a running request's blocks; it waits at its place in the queue and is computed again from its tokens.
 
         Tokens of steps in flight still count when they arrive: the request waits for them before it starts again.
+        `reason`: blocks, worker_died or step_failed.
         """
         assert request.status is RequestStatus.RUNNING, f"cannot preempt {request}"
         self.running.remove(request)
@@ -283,6 +292,8 @@ class Scheduler:
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.add(request)
+        if self.on_stopped is not None:
+            self.on_stopped(request, reason)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.status is RequestStatus.RUNNING:
@@ -328,16 +339,19 @@ class Scheduler:
             update = Update(request)
             request_id = request.request_id
             if request_id in output.failed:
+                self.cache.forget_computed(request)
                 update.error = output.failed[request_id]
                 update.finish_reason = FinishReason.ERROR
             else:
                 update.prompt_logprobs = output.prompt_logprobs.get(request_id)
+                update.embedding = output.embeddings.get(request_id)
                 update.first_position = share.num_computed_before
+                update.num_computed = share.num_computed_after - share.num_computed_before
                 num_computed = share.num_computed_after
                 if share.samples:
                     token_ids = sampled.get(request_id, [])
                     assert token_ids or request.sampling_params.is_constrained, f"{request} got no token"
-                    self._append_tokens(update, token_ids, output.logprobs.get(request_id, []))
+                    update.append_tokens(token_ids, output.logprobs.get(request_id, []))
                     num_computed = request.num_tokens - 1  # right drafts were computed, wrong ones count for nothing
                 elif share.num_computed_after >= request.max_total_tokens:
                     update.finish_reason = FinishReason.LENGTH  # max_tokens is 0: only the prompt was wanted
@@ -345,34 +359,12 @@ class Scheduler:
                     if share.samples:  # one token was foreseen; with none, the last is computed again for its logits
                         request.num_computed_tokens += len(update.new_token_ids) - 1
                     self.cache.cache_full_blocks(request, num_computed)
+                    if request.pin_id is not None and update.finish_reason is FinishReason.LENGTH:
+                        self.cache.pin(request.pin_id, request)
             if update.finish_reason is not None:
                 self._finish(request, update.finish_reason)
             updates.append(update)
         return updates
-
-    def _append_tokens(self, update: Update, token_ids: list[int], logprobs: list[TokenLogprobs]) -> None:
-        """Add sampled tokens to the request, up to the one that ends it."""
-        request, output_token_ids = update.request, update.request.output_token_ids
-        for token_id in token_ids:
-            output_token_ids.append(token_id)
-            update.new_token_ids.append(token_id)
-            if self._ends_with(request, token_id):
-                update.finish_reason = FinishReason.STOP
-                update.stop_token_id = token_id
-                break
-            if request.num_tokens >= request.max_total_tokens:
-                update.finish_reason = FinishReason.LENGTH
-                break
-        update.logprobs = logprobs[: len(update.new_token_ids)]
-        if len(output_token_ids) >= request.num_output_tokens_at_death + TOKENS_PAST_A_DEATH:
-            request.num_worker_deaths = 0  # it got past the point where the workers died
-
-    def _ends_with(self, request: Request, token_id: int) -> bool:
-        params = request.sampling_params
-        if params.guidance is not None and token_id in request.eos_token_ids:
-            return True  # sampled only where the grammar is complete
-        is_end = token_id in request.eos_token_ids and not params.ignore_eos
-        return (is_end or token_id in params.stop_token_ids) and len(request.output_token_ids) >= params.min_tokens
 
     def recover(self, *, workers_lost: bool) -> list[Update]:
         """The steps in flight are lost: every running request starts again from the tokens it has.
@@ -397,7 +389,7 @@ class Scheduler:
                 given_up.append(Update(request, finish_reason=FinishReason.ERROR, error=GIVEN_UP))
                 self._finish(request, FinishReason.ERROR)
         for request in self.running:
-            self.preempt(request)
+            self.preempt(request, "worker_died" if workers_lost else "step_failed")
         self._release_held()
         self.cache.forget_cached()
         if workers_lost:

@@ -18,6 +18,7 @@ from aiohttp.typedefs import Handler
 from servd.api.access import ANONYMOUS
 from servd.api.http.context import ARRIVAL, CALLER, REQUEST_ID, SERVER_CONFIG
 from servd.api.http.errors import ForbiddenError, as_servd_error, error_response
+from servd.api.service import set_call_id
 from servd.errors import AuthenticationError
 
 PUBLIC_ROUTE = "/health"  # probes carry no key
@@ -33,6 +34,7 @@ async def identify_and_log(request: web.Request, handler: Handler) -> web.Stream
     offered = request.headers.get("X-Request-Id", "")
     request[REQUEST_ID] = offered if _REQUEST_ID_SHAPE.fullmatch(offered) else uuid.uuid4().hex
     request[ARRIVAL] = time.monotonic()
+    set_call_id(request[REQUEST_ID])
     status = CLIENT_CLOSED_REQUEST
     try:
         response = await handler(request)
