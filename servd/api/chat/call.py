@@ -58,4 +58,4 @@ class ChatCall:
     template_kwargs: Mapping[str, Any] | None = None
     documents: Sequence[Mapping[str, Any]] = ()  # for templates that know them
     reasoning_effort: str | None = None  # none, minimal, low, medium, high, xhigh
-    truncate_prompt_tokens: int | None = None  # keep the prompt's last so many tokens
+    truncate_prompt_tokens: int | None = None  # keep the prompt's last so many; -1: what leaves room for the answer

@@ -1,6 +1,6 @@
 """Pieces of grammars in llguidance's Lark dialect that several formats share.
 
-Knows nothing of formats. JSON is written with single spaces after commas and colons, as models learnt it.
+Knows nothing of formats.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from servd.api.chat.call import Tool
+from servd.engine.guidance import JSON_STYLE
 
-# One way to write a value: with free white space a small model can go on with blanks for ever.
-_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Keywords by which an object may have properties that are not listed beside them.
 _OPENS = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
 NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -25,7 +24,7 @@ def literal(text: str) -> str:
 
 def json_term(schema: Mapping[str, Any], *, is_strict: bool) -> str:
     """The term of JSON texts under `schema`. Not strict: keywords that cannot be enforced are left out."""
-    return "%json " + json.dumps({**schema, "x-guidance": {**_LAYOUT, "lenient": not is_strict}})
+    return "%json " + json.dumps({**schema, "x-guidance": {**JSON_STYLE, "lenient": not is_strict}})
 
 
 def arguments_term(tool: Tool) -> str:

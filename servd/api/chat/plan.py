@@ -56,7 +56,11 @@ async def encode_call(service: InferenceService, call: ChatCall) -> list[int]:
         template_kwargs=_template_kwargs(call, formats),
         tools=template_tools(shown_tools) if shown_tools and formats.template_knows_tools else None,
     )
-    return token_ids if call.truncate_prompt_tokens is None else token_ids[-call.truncate_prompt_tokens :]
+    kept = call.truncate_prompt_tokens
+    if kept == -1:
+        max_tokens = call.params.max_tokens
+        kept = max(service.engine.max_model_len - (1 if max_tokens is None else max_tokens), 1)
+    return token_ids if kept is None else token_ids[-kept:]
 
 
 async def plan_chat(service: InferenceService, call: ChatCall) -> ChatPlan:
@@ -71,6 +75,7 @@ async def plan_chat(service: InferenceService, call: ChatCall) -> ChatPlan:
         if params.guidance is not None:
             raise InvalidRequestError(f"{grammar[1]}: another grammar is set too; allowed: one", param=grammar[1])
         params, param = msgspec.structs.replace(params, guidance=grammar[0]), grammar[1]
+        await service.engine.check_guidance(params, param=param)
     markers, new_reader = _reader(call, formats, prompt_end, hides_special_tokens=params.skip_special_tokens)
     if params.skip_special_tokens and markers:
         shown = tuple(formats.token_ids[text] for text in markers)

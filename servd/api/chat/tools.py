@@ -14,12 +14,14 @@ from servd.api.chat.call import AnswerFormat, ChatCall, Tool, ToolChoice
 from servd.api.chat.formats import ChatFormats
 from servd.api.chat.tool_parsers import CallGrammar
 from servd.engine import guidance
+from servd.engine.json_schema import check_keywords
 from servd.errors import InvalidRequestError, UnsupportedError
 
 MAX_TOOLS = 256
 MAX_TOOL_NAME_CHARS = 128
 MAX_TOOL_VALUES = 20_000  # numbers, texts, lists and objects in all tools' parameters
 MAX_DEPTH = 64
+MAX_FORCED_CALLS = 16  # in an answer under a grammar: a small model can go on with the same call for ever
 
 _NAME = re.compile(r"[\w.:/-]+", re.ASCII)
 _INTRODUCTION = (
@@ -133,6 +135,7 @@ def answer_guidance(call: ChatCall, formats: ChatFormats, prompt_end: str) -> tu
     wanted = None if call.answer_format is None else format_text(call.answer_format)
     if tools and (choice.mode == "required" or not choice.parallel or wanted or any(tool.strict for tool in tools)):
         assert formats.tool_parser is not None, "the caller has refused tools"
+        _check_strict(call.tools)
         grammar = formats.tool_parser.grammar(tools, formats.marker)
         lark = _calls(grammar, choice, formats, has_format=wanted is not None)
         param = "tool_choice" if choice.mode == "required" else "tools"
@@ -154,6 +157,16 @@ def answer_guidance(call: ChatCall, formats: ChatFormats, prompt_end: str) -> tu
     return json.dumps({"grammars": grammars}), param
 
 
+def _check_strict(tools: Sequence[Tool]) -> None:
+    for i, tool in enumerate(tools):
+        if tool.strict and tool.parameters:
+            try:
+                check_keywords(tool.parameters)
+            except InvalidRequestError as error:
+                param = f"tools[{i}].function.parameters"
+                raise type(error)(f"{param} with strict: {error.message}", param=param) from None
+
+
 def callable_tools(call: ChatCall) -> tuple[Tool, ...]:
     """The tools that this answer may call."""
     if call.tool_choice.mode == "none":
@@ -164,7 +177,7 @@ def callable_tools(call: ChatCall) -> tuple[Tool, ...]:
 
 def _calls(grammar: CallGrammar, choice: ToolChoice, formats: ChatFormats, *, has_format: bool) -> str:
     """Lark text whose start is calls, forced, or begun at will."""
-    following = f" ({grammar.following})*" if choice.parallel else ""
+    following = f" ({grammar.following}){{0,{MAX_FORCED_CALLS - 1}}}" if choice.parallel else ""
     calls = f"{grammar.first}{following} {grammar.end}"
     marker = "" if grammar.marker is None else formats.marker(grammar.marker)
     rules = grammar.rules
@@ -209,10 +222,10 @@ def format_text(wanted: AnswerFormat) -> str:
         case "json_object":
             return guidance.from_json_schema(guidance.ANY_JSON_OBJECT)
         case "json_schema":
-            return guidance.from_json_schema(wanted.value)
+            return guidance.from_json_schema(wanted.value, param=wanted.param)
         case "regex":
-            return guidance.from_regex(wanted.value)
+            return guidance.from_regex(wanted.value, param=wanted.param)
         case "choice":
-            return guidance.from_choice(wanted.value)
+            return guidance.from_choice(wanted.value, param=wanted.param)
         case "grammar":
             return guidance.from_lark(wanted.value)

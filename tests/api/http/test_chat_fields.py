@@ -83,6 +83,10 @@ def test_bad_formats_are_named(tmp_path: Path) -> None:
         ({"reasoning_effort": "high"}, "reasoning_effort", "cannot be told"),
         ({"reasoning_effort": "huge"}, "reasoning_effort", "allowed: none, minimal"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "allowed: 1 to"),
+        ({"allowed_token_ids": [999]}, "allowed_token_ids", "999"),
+        ({"bad_words": [""]}, "bad_words", "1 to 128 characters"),
+        ({"guided_regex": "(a"}, "guided_regex", "guided_regex"),
+        ({"guided_json": {"type": "object", "not": {}}}, "guided_json", "'not' at # is not supported"),
         ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message", "one of the two"),
     ]  # fmt: skip
 
@@ -134,6 +138,9 @@ def test_the_prompt_can_be_truncated(tmp_path: Path) -> None:
             assert (prompt_of(server), reply["usage"]["prompt_tokens"]) == ("nt: ", 4)
             await post(server, truncate_prompt_tokens=4000)
             assert prompt_of(server) == "user: hi\nassistant: "
+        async with serve(tmp_path, max_position_embeddings=10) as server:
+            reply = await post(server, truncate_prompt_tokens=-1)
+            assert (prompt_of(server), reply["usage"]["total_tokens"]) == ("stant: ", 10)
 
     asyncio.run(main())
 
@@ -168,5 +175,22 @@ def test_reasoning_of_earlier_answers_is_taken_under_both_names(tmp_path: Path) 
                     server, messages=[{"role": "user", "content": "hi"}, answer, {"role": "user", "content": "?"}]
                 )
                 assert prompt_of(server) == "user: hi\nassistant: a\nuser: ?\nassistant: "
+
+    asyncio.run(main())
+
+
+def test_streams_show_the_prompts_log_probabilities_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path) as server:
+            whole = await post(server, prompt_logprobs=1)
+            body = {
+                "messages": [{"role": "user", "content": "hi"}],
+                "max_tokens": 3,
+                "prompt_logprobs": 1,
+                "stream": True,
+            }
+            choices = [event["choices"][0] for event in (await server.post(CHAT, body)).events()[:-1]]
+            shown = [choice["prompt_logprobs"] for choice in choices if "prompt_logprobs" in choice]
+            assert shown == [whole["prompt_logprobs"]] and len(shown[0]) == whole["usage"]["prompt_tokens"]
 
     asyncio.run(main())

@@ -225,6 +225,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"enum": [1] * 30_000}}}]},
      "tools", "more than 20000 values"),
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, "tools", "levels deep"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"not": {}}}}]},
+     "tools[0].function.parameters", "'not' at # is not supported"),
     ({"tool_choice": "any"}, "tool_choice", '"any"; allowed: none, auto, required'),
     ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice", "'other'"),
     ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice.type", "allowed_tools"),

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from servd.api.chat.parts import AnswerReader, Message, Part, ReasoningPart, TextPart, ToolCallPart
+from servd.api.chat.parts import AnswerReader, Message, ReasoningPart, TextPart, ToolCallPart
 from servd.api.chat.plan import ChatPlan, plan_chat
 from servd.api.http.context import SERVICE, system_fingerprint
 from servd.api.http.decode import decode_body, read_body
@@ -35,7 +35,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     body.check()
     params = body.to_sampling_params(service.engine.tokenizer.vocab_size, service.engine.sampling_defaults)
     call = body.to_call(params)
-    service.engine.check_room(params.n)
+    service.engine.check_room(params.num_sequences)
     plan = await plan_chat(service, call)
     request_id = service.new_request_id("chatcmpl")
     with renamed("max_tokens", body.max_tokens_field), renamed("guidance", plan.guidance_param):
@@ -117,7 +117,7 @@ class _Choices:
             self._begun.add(index)
             entries += [msgspec.json.encode(choice) for choice in self._first(index)]
         if self._plan.new_reader is not None:
-            return entries + [msgspec.json.encode(choice) for choice in self._read_news(index, output)]
+            return entries + self._read_news(index, output)
         if output.finish_reason is None and not self._shows_tokens:
             if output.text:  # the bulk of all chunks: nothing but the text is encoded
                 entries.append(_PLAIN_DELTA % (index, msgspec.json.encode(output.text)))
@@ -126,7 +126,7 @@ class _Choices:
         entries.append(msgspec.json.encode(_choice(index, delta) | self._details(index, output)))
         return entries
 
-    def _read_news(self, index: int, output: RequestOutput) -> list[dict[str, Any]]:
+    def _read_news(self, index: int, output: RequestOutput) -> list[bytes]:
         """One entry a part, and one for what belongs to no part."""
         reader = self._readers.get(index)
         if reader is None:
@@ -135,24 +135,24 @@ class _Choices:
         parts = reader.push(output.text) if output.text else []
         if output.finish_reason is not None:
             parts += reader.finish()
-        if any(isinstance(part, ToolCallPart) for part in parts):
-            self._has_calls.add(index)
-        choices = [_choice(index, delta) for part in parts if (delta := self._delta(part))]
+        entries = []
+        for part in parts:
+            if isinstance(part, TextPart):
+                entries.append(_PLAIN_DELTA % (index, msgspec.json.encode(part.text)))
+            elif delta := self._delta(index, part):
+                entries.append(msgspec.json.encode(_choice(index, delta)))
         if output.finish_reason is not None or self._shows_tokens:
-            choices.append(_choice(index, {}) | self._details(index, output))
-        return choices
+            entries.append(msgspec.json.encode(_choice(index, {}) | self._details(index, output)))
+        return entries
 
-    def _delta(self, part: Part) -> dict[str, Any]:
-        match part:
-            case TextPart(text):
-                return {"content": text}
-            case ReasoningPart(text):
-                return {"reasoning_content": text, "reasoning": text} if self._body.include_reasoning else {}
-            case ToolCallPart(index, arguments, None, None):
-                return {"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}
-            case ToolCallPart(index, arguments, call_id, name):
-                function = {"name": name, "arguments": arguments}
-                return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]}
+    def _delta(self, index: int, part: ReasoningPart | ToolCallPart) -> dict[str, Any]:
+        if isinstance(part, ReasoningPart):
+            return {"reasoning_content": part.text, "reasoning": part.text} if self._body.include_reasoning else {}
+        self._has_calls.add(index)
+        if part.id is None:
+            return {"tool_calls": [{"index": part.index, "function": {"arguments": part.arguments}}]}
+        function = {"name": part.name, "arguments": part.arguments}
+        return {"tool_calls": [{"index": part.index, "id": part.id, "type": "function", "function": function}]}
 
     def _details(self, index: int, output: RequestOutput) -> dict[str, Any]:
         """What is told of an output's tokens, and of its end."""

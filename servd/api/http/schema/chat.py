@@ -8,21 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import msgspec
-
 from servd.api.chat.call import ChatCall
 from servd.api.chat.tools import check_json
 from servd.api.http.messages import ChatMessage, template_messages
-from servd.api.http.schema.answer_format import ResponseFormat, StructuredOutputs, answer_format
+from servd.api.http.schema.answer_format import answer_format
 from servd.api.http.schema.chat_tools import NamedToolChoice, ToolDefinition, tool_choice_of, tools_of
 from servd.api.http.schema.checks import check_count, check_range, renamed
 from servd.api.http.schema.generation import GenerationRequest
-from servd.errors import InvalidRequestError, UnsupportedError
+from servd.errors import InvalidRequestError
 from servd.sampling_params import MAX_LOGPROBS, SamplingParams
 
 MAX_TEMPLATE_VALUES = 10_000  # numbers, texts, lists and objects in chat_template_kwargs, and in documents
 MAX_DOCUMENTS = 1024
-MAX_PROMPT_TOKENS = 1 << 31
 
 # What a template's caller may not override: the names that the renderer itself sets.
 _RESERVED_TEMPLATE_NAMES = frozenset(
@@ -58,23 +55,12 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     include_reasoning: bool = True
-    # the form of the answer: one of these
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
     # how the conversation becomes a prompt
     add_generation_prompt: bool | None = None  # true, unless the final message is continued
     continue_final_message: bool = False
     echo: bool = False  # the reply begins with the final message, if that is an assistant's
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
-    truncate_prompt_tokens: int | None = None  # keep the prompt's last so many tokens
-    # sampling, vLLM's
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
     # refused unless neutral
     functions: Any = None
     function_call: Any = None
@@ -91,8 +77,6 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
     def check(self) -> None:
         """See GenerationRequest.check."""
         GenerationRequest.check(self)
-        if self.stream and self.prompt_logprobs is not None:
-            raise UnsupportedError("prompt_logprobs is set; allowed only with stream: false", param="prompt_logprobs")
         if self.top_logprobs is not None:
             check_range("top_logprobs", self.top_logprobs, 0, MAX_LOGPROBS)
             if not self.logprobs:
@@ -108,8 +92,6 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
                 "continue_final_message and add_generation_prompt are true; allowed: one of the two",
                 param="continue_final_message",
             )
-        if self.truncate_prompt_tokens is not None:
-            check_range("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, MAX_PROMPT_TOKENS)
         check_count("documents", self.documents or (), MAX_DOCUMENTS)
         check_json(self.documents, "documents", MAX_TEMPLATE_VALUES)
         check_json(self.chat_template_kwargs, "chat_template_kwargs", MAX_TEMPLATE_VALUES)
@@ -145,16 +127,10 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         with renamed("max_tokens", self.max_tokens_field):
-            params = self.sampling_params(
+            return self.sampling_params(
                 vocab_size,
                 defaults,
                 max_tokens=max_tokens,
                 logprobs=logprobs,
                 prompt_logprobs=self.prompt_logprobs,
             )
-        if self.allowed_token_ids is not None or self.bad_words:
-            check_count("allowed_token_ids", self.allowed_token_ids or (), vocab_size)
-            allowed = None if self.allowed_token_ids is None else tuple(self.allowed_token_ids)
-            params = msgspec.structs.replace(params, allowed_token_ids=allowed, bad_words=tuple(self.bad_words or ()))
-            params.validate(vocab_size)
-        return params

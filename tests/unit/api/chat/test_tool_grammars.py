@@ -40,6 +40,18 @@ TWO = {
 }
 
 
+CALLS_OF_NOW = {  # one, and what another adds
+    name: (one, separator + one[start:])
+    for name, one, separator, start in (
+        ("hermes", '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>', "\n", 0),
+        ("llama3_json", '{"name": "now", "parameters": {}}', "; ", 0),
+        ("mistral", '[TOOL_CALLS][{"name": "now", "arguments": {}}', ", ", 13),
+        ("qwen3_coder", "<tool_call>\n<function=now>\n</function>\n</tool_call>", "\n", 0),
+        ("pythonic", "[now()", ", ", 1),
+    )
+}
+
+
 @dataclass
 class Facts:
     """A tokenizer's part in this: here, markers that are special tokens."""
@@ -151,6 +163,14 @@ def test_an_answer_follows_its_format_or_calls(name: str, tokens: tuple[Tokenize
     assert forced.takes(ONE[name]) and not forced.takes('{"n":3}')
     free = Grammar(tokens, formats, "", tools=TOOLS, answer_format=FORMAT, tool_choice=ToolChoice("none"))
     assert free.takes('{"n":3}') and not free.takes(ONE[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forced_calls_come_to_an_end(name: str, tokens: tuple[Tokenizer, LLTokenizer]) -> None:
+    grammar = Grammar(tokens, formats_of(name), "", tools=TOOLS[1:], tool_choice=ToolChoice("required"))
+    one, again = CALLS_OF_NOW[name]
+    end = "]" if one[-1] == ")" or name == "mistral" else ""
+    assert grammar.takes(one + again * 15 + end) and not grammar.takes(one + again * 16 + end)
 
 
 def test_calls_by_name_as_newer_mistral_models_write_them(tokens: tuple[Tokenizer, LLTokenizer]) -> None:
