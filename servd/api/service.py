@@ -199,6 +199,9 @@ class InferenceService:
             )  # fmt: skip
 
         limit = min(engine.config.scheduler.max_num_seqs, engine.config.scheduler.max_num_queued_reqs)
+        limits = current_caller().limits
+        if limits is not None and limits.max_concurrent is not None:
+            limit = min(limit, limits.max_concurrent)
         return await embed_all(
             start, len(prompts), num_at_once=limit, dimensions=dimensions, normalize=normalize
         )

@@ -155,6 +155,7 @@ class AsyncEngine:
         self._pins = PrefixPins(
             cache, self.generate, block_bytes=info.block_bytes, max_model_len=self.max_model_len,
             max_share=self.config.cache.max_pinned_share, max_tenant_share=self.config.cache.max_tenant_pinned_share,
+            claim=self.request_log.claim,
         )  # fmt: skip
         self.metrics.follow_gauges(self.stats, lambda: len(self.pins))
         self._task = asyncio.create_task(self._run(), name="servd-engine")
@@ -189,14 +190,14 @@ class AsyncEngine:
 
     async def close(self) -> None:
         """Stop at once: unfinished requests get an error, the workers end. Safe to call twice."""
-        if self._pins is not None:
-            self._pins.close()
         self._end_all(FinishReason.ABORT, EngineUnavailableError("the engine was closed"))
         self.state = "dead"
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self.executor.close()
+        if self._pins is not None:
+            self._pins.close()
         self._text_threads.shutdown(wait=False)
         if self._inputs is not None:
             self._inputs.close()
@@ -265,15 +266,18 @@ class AsyncEngine:
         records = self.request_log.begin(request_id, answers, stream.unread_since)
         stream.on_unread = lambda index, since, seconds: records[index].unread(since, seconds)
         if timeout is not None:
-            error = DeadlineExceededError(f"the deadline of {timeout:g} s passed")
-            loop = asyncio.get_running_loop()
-            family.timer = loop.call_later(max(timeout, 0.0), self._end, request_id, FinishReason.DEADLINE, error)
+            family.timer = self._end_after(timeout, request_id)
         core.wake()
         return stream
 
     async def check_guidance(self, params: SamplingParams, *, param: str = "guidance") -> None:
         """Raise InvalidRequestError, blaming `param`, unless answers can follow the grammar that `params` may have."""
         await self.inputs.check_guidance(params, param)
+
+    def _end_after(self, timeout: float, request_id: str) -> asyncio.TimerHandle:
+        error = DeadlineExceededError(f"the deadline of {timeout:g} s passed")
+        loop = asyncio.get_running_loop()
+        return loop.call_later(max(timeout, 0.0), self._end, request_id, FinishReason.DEADLINE, error)
 
     def check_room(self, n: int = 1) -> None:
         """Raise OverloadedError if `n` more answers find the queue full, EngineUnavailableError if none are taken now.

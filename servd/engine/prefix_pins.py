@@ -10,6 +10,7 @@ import logging
 import math
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -90,10 +91,15 @@ class PrefixPins:
         max_model_len: int,
         max_share: float,
         max_tenant_share: float,
+        claim: Callable[..., None],
     ) -> None:
-        """The shares are of all blocks; whatever they say, a request of `max_model_len` tokens always finds room."""
+        """The shares are of all blocks; whatever they say, a request of `max_model_len` tokens always finds room.
+
+        `claim`: RequestLog.claim, so that the requests made here belong to the pins' tenants.
+        """
         self._cache = cache
         self._generate = generate
+        self._claim = claim
         self._block_bytes = block_bytes
         self._max_model_len = max_model_len
         self._max_share = max_share
@@ -257,6 +263,7 @@ class PrefixPins:
                 if pin.state != "recomputing":
                     raise
                 await asyncio.sleep(RETRY_SECONDS)
+        self._claim(request_id, tenant=pin.tenant)
         async with stream:
             async for output in stream:
                 if output.error is not None:

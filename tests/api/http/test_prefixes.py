@@ -255,7 +255,9 @@ def test_pins_belong_to_a_tenant(tmp_path: Path) -> None:
             set_caller(Caller("a", tenant="one"))
             made = await service.create_prefix(list(TEXT.encode()))
             assert service.list_prefixes() == [made]
+            assert [entry["id"] for entry in service.list_requests()] == [f"{made.id}-0"]
             set_caller(Caller("b", tenant="two"))
+            assert service.list_requests() == []
             assert service.list_prefixes() == []
             for call in (service.get_prefix, service.delete_prefix):
                 with pytest.raises(UnknownPrefixError):
