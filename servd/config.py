@@ -113,6 +113,12 @@ class ParallelConfig:
     executor: str = flag("multiproc", "where the model runs (a file of servd/executor)")
     threads: int | None = flag(None, "compute threads of a CPU worker; default: the cores this process may use")
     max_worker_restarts: int = flag(3, "worker restarts within ten minutes before the server gives up")
+    step_timeout: float = flag(
+        120.0,
+        "a worker process that computes no step for so long is killed and restarted (the first step gets five times "
+        "as long); 0: never",
+        unit="seconds",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +144,12 @@ class ServerConfig:
     )
     insecure_no_auth: bool = flag(False, "let other machines use this server without a key")
     cors_origin: str = flag("", "web pages that may call from a browser, e.g. https://a.example,http://b.example:3000")
-    tls_cert: str | None = flag(None, "PEM file of the certificate chain: HTTPS, and TLS for gRPC; read again on change")
+    tls_cert: str | None = flag(None, "PEM file of a certificate chain: TLS for HTTP and gRPC; read again on change")
     tls_key: str | None = flag(None, "PEM file of the certificate's private key")
     tls_client_ca: str | None = flag(None, "PEM file of authorities: clients must have a certificate of one of them")
     max_body_bytes: int = flag(8 << 20, "largest request body", unit="bytes")
     max_body_chunks: int = flag(16384, "most chunks of a chunked body")
     max_json_depth: int = flag(128, "how deep arrays and objects of a body may be nested")
-    max_prompts: int = flag(256, "most prompts of one request")
     max_request_line: int = flag(8190, "longest request line", unit="bytes")
     max_header_bytes: int = flag(16384, "longest header", unit="bytes")
     max_headers: int = flag(100, "most headers of a request")
@@ -203,6 +208,8 @@ class EngineConfig:
         queued, restarts = scheduler.max_num_queued_reqs, self.parallel.max_worker_restarts
         _require("--max-num-queued-reqs", queued, queued >= 1, "at least 1")
         _require("--max-worker-restarts", restarts, restarts >= 0, "0 or more")
+        seconds = self.parallel.step_timeout
+        _require("--step-timeout", seconds, 0 <= seconds < float("inf"), "0 (never) or more")
         if model.max_model_len is not None:
             _require("--max-model-len", model.max_model_len, model.max_model_len >= 2, "at least 2")
         if cache.kv_cache_memory is not None:
@@ -220,6 +227,20 @@ class EngineConfig:
             threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         _require("--threads", threads, threads >= 1, "at least 1")
         return dataclasses.replace(self, parallel=dataclasses.replace(self.parallel, threads=threads))
+
+
+def check_limits(config: ServerConfig) -> None:
+    """Raise ConfigError naming the flag whose number makes no sense."""
+    for name, low, high in (
+        ("max_body_bytes", 1024, GIB),
+        ("max_body_chunks", 1, 1 << 24),
+        ("max_json_depth", 8, 512),  # the parser itself stops near 1000
+        ("max_request_line", 256, 1 << 20),
+        ("max_header_bytes", 256, 1 << 20),
+        ("max_headers", 10, 10_000),
+    ):
+        value = getattr(config, name)
+        _require(f"--{name.replace('_', '-')}", value, low <= value <= high, f"{low} to {high}")
 
 
 def default_cpu_kv_memory() -> int:

@@ -167,6 +167,10 @@ class FakeExecutor(Executor):
         if was_idle and self.on_idle_death is not None:
             self.on_idle_death(error)
 
+    async def kill(self) -> bool:
+        self._stop(WorkerDied("the fake worker was killed"))
+        return True
+
     async def close(self) -> None:
         task = self._task
         self._stop(WorkerDied("the fake worker was shut down"))

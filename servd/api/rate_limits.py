@@ -87,7 +87,9 @@ class Limits:
         self._requests = None if requests_per_minute is None else _Bucket(requests_per_minute, clock)
         self._tokens = None if tokens_per_minute is None else _Bucket(tokens_per_minute, clock)
 
-    def change(self, requests_per_minute: int | None, tokens_per_minute: int | None, max_concurrent: int | None) -> None:
+    def change(
+        self, requests_per_minute: int | None, tokens_per_minute: int | None, max_concurrent: int | None
+    ) -> None:
         """Other limits from now on; what is used stays used, so that editing a key gives nothing away."""
         self._requests = self._changed(self._requests, requests_per_minute)
         self._tokens = self._changed(self._tokens, tokens_per_minute)

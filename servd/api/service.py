@@ -15,8 +15,8 @@ from typing import Any
 
 import msgspec
 
-from servd.api.chat.formats import ChatFormats, ParserChoice
 from servd.api.access import current_caller
+from servd.api.chat.formats import ChatFormats, ParserChoice
 from servd.engine.async_engine import AsyncEngine, EngineStats
 from servd.engine.embeddings import Embedding, check_dimensions, embed_all, pooling_params
 from servd.engine.prefix_pins import DEFAULT_TTL_SECONDS, PrefixPin

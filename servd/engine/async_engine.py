@@ -150,7 +150,8 @@ class AsyncEngine:
         self._core = EngineCore(
             scheduler, self.executor, self.metrics, self.request_log,
             on_updates=self._take_updates, on_state=self._change_state,
-            max_restarts=self.config.parallel.max_worker_restarts, log_steps=self._log_steps,
+            max_restarts=self.config.parallel.max_worker_restarts,
+            step_timeout=self.config.parallel.step_timeout, log_steps=self._log_steps,
         )  # fmt: skip
         self._pins = PrefixPins(
             cache, self.generate, block_bytes=info.block_bytes, max_model_len=self.max_model_len,

@@ -10,13 +10,17 @@ import hashlib
 from aiohttp import web
 
 from servd import __version__
-from servd.api.access import Caller
+from servd.api.access import Caller, KeyRing
 from servd.api.http.resumable_streams import ResumableStreams
 from servd.api.service import InferenceService
 from servd.config import ServerConfig
+from servd.engine.observer import EngineFeed
 
 SERVICE = web.AppKey("service", InferenceService)
 SERVER_CONFIG = web.AppKey("server_config", ServerConfig)
+KEYS = web.AppKey("keys", KeyRing)
+PUBLIC_ROUTES = web.AppKey("public_routes", frozenset[str])  # canonical paths of resources that need no key
+ENGINE_FEED = web.AppKey("engine_feed", EngineFeed)
 WRITE_TIMEOUT = web.AppKey("write_timeout", float)  # seconds that a client may leave its replies unread
 KEEP_ALIVE = web.AppKey("keep_alive", float)  # seconds without an event before a comment is sent; 0: none
 RESUMABLE_STREAMS = web.AppKey("resumable_streams", ResumableStreams)

@@ -41,11 +41,25 @@ class MethodNotAllowedError(ServdError):
 
 
 class BadHTTPError(ServdError):
-    """The bytes on the connection are not HTTP, or break aiohttp's limits of header size and count."""
+    """The bytes on the connection are not HTTP."""
 
     http_status = 400
     type = "invalid_request_error"
     code = "bad_http"
+
+
+class HeadersTooLargeError(BadHTTPError):
+    """A header, or their number, is over the limit: 431."""
+
+    http_status = 431
+    code = "headers_too_large"
+
+
+class UriTooLongError(BadHTTPError):
+    """The request line is over the limit: 414."""
+
+    http_status = 414
+    code = "uri_too_long"
 
 
 class UnsupportedEncodingError(ServdError):
