@@ -129,6 +129,14 @@ class ServerConfig:
     port: int = flag(8000, "HTTP port; 0 picks a free one")
     grpc_port: int = flag(8001, "gRPC port; 0 picks a free one, -1 turns gRPC off")
     api_key: str | None = flag(None, "clients must send this key (also from SERVD_API_KEY); default: none needed")
+    api_keys_file: str | None = flag(
+        None, "keys with names, scopes and limits, as `servd keys` makes them; read again when it changes"
+    )
+    insecure_no_auth: bool = flag(False, "let other machines use this server without a key")
+    cors_origin: str = flag("", "web pages that may call from a browser, e.g. https://a.example,http://b.example:3000")
+    tls_cert: str | None = flag(None, "PEM file of a certificate chain: TLS for HTTP and gRPC; read again on change")
+    tls_key: str | None = flag(None, "PEM file of the certificate's private key")
+    tls_client_ca: str | None = flag(None, "PEM file of authorities: clients must have a certificate of one of them")
     tool_call_parser: str = flag(
         "auto",
         "how the model writes tool calls (a file of servd/api/chat/tool_parsers); auto: as its chat template tells, "
@@ -139,14 +147,6 @@ class ServerConfig:
         "how the model writes what it thinks (a file of servd/api/chat/reasoning_parsers); auto: as its chat template "
         "tells; none: it is part of the answer",
     )
-    api_keys_file: str | None = flag(
-        None, "keys with names, scopes and limits, as `servd keys` makes them; read again when it changes"
-    )
-    insecure_no_auth: bool = flag(False, "let other machines use this server without a key")
-    cors_origin: str = flag("", "web pages that may call from a browser, e.g. https://a.example,http://b.example:3000")
-    tls_cert: str | None = flag(None, "PEM file of a certificate chain: TLS for HTTP and gRPC; read again on change")
-    tls_key: str | None = flag(None, "PEM file of the certificate's private key")
-    tls_client_ca: str | None = flag(None, "PEM file of authorities: clients must have a certificate of one of them")
     max_body_bytes: int = flag(8 << 20, "largest request body", unit="bytes")
     max_body_chunks: int = flag(16384, "most chunks of a chunked body")
     max_json_depth: int = flag(128, "how deep arrays and objects of a body may be nested")

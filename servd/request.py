@@ -59,8 +59,8 @@ class Request:
         priority: int = 0,
         parent_id: str | None = None,
         cache_salt: str = "",
-        keeps_blocks: bool = False,
         pin_id: str | None = None,
+        keeps_blocks: bool = False,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -71,8 +71,8 @@ class Request:
         self.priority = priority  # lower runs first
         self.parent_id = parent_id  # fork from this request's blocks once its prompt is computed
         self.cache_salt = cache_salt
-        self.keeps_blocks = keeps_blocks  # once it is complete, for others to go on from (see Scheduler.fork)
         self.pin_id = pin_id  # its blocks are pinned under this name when all of its prompt is computed
+        self.keeps_blocks = keeps_blocks  # once it is complete, for others to go on from (see Scheduler.fork)
         max_tokens = sampling_params.max_tokens
         room = max_model_len - len(prompt_token_ids)
         self.max_total_tokens = len(prompt_token_ids) + (room if max_tokens is None else min(max_tokens, room))

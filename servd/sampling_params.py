@@ -21,6 +21,7 @@ MAX_LOGIT_BIASES = 1024
 MAX_N = 128
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 128
+POOLINGS = ("last", "mean", "cls")
 MAX_LENGTH_PENALTY = 10.0
 
 # Settings that beam search, which looks at the model's own log-probabilities, cannot honour; and what changes nothing.
@@ -38,7 +39,6 @@ _NEUTRAL_FOR_BEAMS: dict[str, tuple[object, ...]] = {
     "bad_words": ((), []),
     "guidance": (None,),
 }
-POOLINGS = ("last", "mean", "cls")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

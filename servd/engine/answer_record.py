@@ -44,9 +44,10 @@ class AnswerRecord:
     __slots__ = (
         "_gaps", "_num_gaps", "_phase", "_phase_since", "_unread_since", "_waits_before", "arrival", "batch_max",
         "batch_min", "batch_sum", "chunks", "created", "finish_reason", "finished_at", "first_token", "gap_waits",
-        "index", "interrupted_by", "last_token", "longest_gap", "num_cached_tokens", "num_chunks", "num_decode_steps",
-        "num_output_tokens", "num_preemptions", "num_prompt_tokens", "num_stalls", "num_steps", "num_worker_deaths",
-        "preemptions", "seconds", "stalls", "unread_seconds", "waits", "waits_for_first",
+        "index", "interrupted_by", "last_token", "longest_gap", "num_cached_tokens", "num_chunks",
+        "num_decode_steps", "num_output_tokens", "num_preemptions", "num_prompt_tokens", "num_stalls",
+        "num_steps", "num_worker_deaths", "preemptions", "seconds", "stalls", "unread_seconds",
+        "waits", "waits_for_first",
     )  # fmt: skip
 
     def __init__(

@@ -23,7 +23,7 @@ def new_answers(
     max_model_len: int,
     priority: int,
     cache_salt: str,
-    pin_id: str | None = None,
+    pin_id: str | None,
 ) -> list[Request]:
     """`count` requests '<request_id>#<index>'; the first one's seed is `seed`.
 

@@ -111,8 +111,8 @@ class AsyncEngine:
         self._core: EngineCore | None = None
         self._inputs: InputProcessor | None = None
         self._outputs: OutputProcessor | None = None
-        self._beams: BeamSearches | None = None
         self._pins: PrefixPins | None = None
+        self._beams: BeamSearches | None = None
         self._task: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
         self._died = asyncio.Event()
@@ -267,18 +267,15 @@ class AsyncEngine:
         records = self.request_log.begin(request_id, answers, stream.unread_since)
         stream.on_unread = lambda index, since, seconds: records[index].unread(since, seconds)
         if timeout is not None:
-            family.timer = self._end_after(timeout, request_id)
+            error = DeadlineExceededError(f"the deadline of {timeout:g} s passed")
+            loop = asyncio.get_running_loop()
+            family.timer = loop.call_later(max(timeout, 0.0), self._end, request_id, FinishReason.DEADLINE, error)
         core.wake()
         return stream
 
     async def check_guidance(self, params: SamplingParams, *, param: str = "guidance") -> None:
         """Raise InvalidRequestError, blaming `param`, unless answers can follow the grammar that `params` may have."""
         await self.inputs.check_guidance(params, param)
-
-    def _end_after(self, timeout: float, request_id: str) -> asyncio.TimerHandle:
-        error = DeadlineExceededError(f"the deadline of {timeout:g} s passed")
-        loop = asyncio.get_running_loop()
-        return loop.call_later(max(timeout, 0.0), self._end, request_id, FinishReason.DEADLINE, error)
 
     def check_room(self, n: int = 1) -> None:
         """Raise OverloadedError if `n` more answers find the queue full, EngineUnavailableError if none are taken now.
@@ -328,7 +325,9 @@ class AsyncEngine:
     @property
     def pins(self) -> PrefixPins:
         """The pinned prefixes. Raises EngineUnavailableError before `start()`."""
-        return _started(self._pins)
+        if self._pins is None:
+            raise EngineUnavailableError("the engine is starting")
+        return self._pins
 
     @property
     def tokenizer(self) -> Tokenizer:

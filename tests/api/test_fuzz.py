@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import json
 import pkgutil
 import random
 from collections import Counter
@@ -27,16 +28,23 @@ NUM_BODIES = 10_000
 NUM_CLIENTS = 8
 SECONDS_PER_CALL = 30.0  # none may hang
 SETTINGS = {"max_model_len": 96, "max_num_queued_reqs": 100_000}
+TENSOR = {"name": "text_input", "shape": [1], "datatype": "BYTES", "data": ["x"]}
+MESSAGES = [{"role": "user", "content": "x"}]
 LEAST: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "x"},
-    CHAT: {"messages": [{"role": "user", "content": "x"}]},
+    CHAT: {"messages": MESSAGES},
     "/tokenize": {"prompt": "x"},
     "/detokenize": {"tokens": [65]},
     "/v1/embeddings": {"input": "x"},
-    "/v1/messages": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 3},
+    "/v1/messages/count_tokens": {"messages": MESSAGES},
     "/v1/responses": {"input": "x", "store": False},
+    "/v1/prefixes": {"text": "x" * 40, "ttl_seconds": 1},
+    "/v2/models/{model}/infer": {"inputs": [TENSOR]},
+    "/v2/models/{model}/generate": {"text_input": "x"},
+    "/v2/models/{model}/generate_stream": {"text_input": "x"},
 }  # what gets past the first checks, where it is known
-PATH_VALUES = ("fake", "nothing", "..%2f..%2fetc%2fpasswd", "%00", "a:b:c", "x" * 300, "%E2%98%83")
+PATH_VALUES = ("fake", "fake", "fake", "nothing", "..%2f..%2fetc%2fpasswd", "%00", "a:b:c", "x" * 300, "%E2%98%83")
 HEADERS: tuple[dict[str, str], ...] = (
     {}, {"Content-Type": "application/json"}, {"Content-Type": "text/plain; charset=utf-16"}, {"Accept": "x/y"},
     {"X-Request-Id": "a b"}, {"Last-Event-ID": "nothing-7"}, {"Content-Encoding": "gzip"}, {"Expect": "100-continue"},
@@ -74,6 +82,7 @@ class Fuzzer:
         self.endpoints = endpoints(served)
         self.all_types = body_types()
         self.statuses: Counter[int] = Counter()
+        self.answered: set[str] = set()  # routes that took a body
         self.problems: list[str] = []
 
     async def send(self) -> None:
@@ -81,6 +90,7 @@ class Fuzzer:
         posts = [endpoint for endpoint in self.endpoints if endpoint[0] == "POST"]
         method, path, kinds = self.random.choice(posts if self.random.random() < 0.9 else self.endpoints)
         kind = self.random.choice(kinds if kinds and self.random.random() < 0.95 else self.all_types)
+        route = f"{method} {path}"
         body = self.make.body(kind, LEAST.get(path, {})) if method != "GET" else b""
         for name in [part for part in path.split("/") if part.startswith("{")]:
             path = path.replace(name, self.random.choice(PATH_VALUES))
@@ -93,6 +103,8 @@ class Fuzzer:
             self.problems.append(f"no answer in {SECONDS_PER_CALL:g} s: {shown}")
             return
         self.statuses[status] += 1
+        if status == 200:
+            self.answered.add(route)
         if status >= 500 or b"Traceback" in text or b"site-packages" in text:
             self.problems.append(f"{status} {text[:500]!r}: {shown}")
 
@@ -139,7 +151,11 @@ def test_no_body_does_harm(tmp_path: Path) -> None:
             assert await beside > 3
             assert fuzzer.statuses[200] > NUM_BODIES // 50, fuzzer.statuses
             assert fuzzer.statuses[400] > NUM_BODIES // 10, fuzzer.statuses
+            wanted = {f"POST {path}" for method, path, _ in fuzzer.endpoints if method == "POST" and path in LEAST}
+            assert fuzzer.answered >= wanted, "bodies of these were all refused: they are fuzzed in name only"
             assert await canary(server) == expected
+            for pin in json.loads((await server.request("GET", "/v1/prefixes")).body).get("data", []):
+                await server.request("DELETE", f"/v1/prefixes/{pin['id']}")
             await server.fake.wait_idle()
             assert server.executor.num_starts == 1 and server.engine.state == "ready"
 
@@ -184,10 +200,11 @@ def test_bytes_that_are_nearly_http(tmp_path: Path, seed: int) -> None:
 def test_the_maker_reaches_every_field() -> None:
     """A type whose fields are never made would be fuzzed in name only."""
     for kind in body_types():
+        info = msgspec.inspect.type_info(kind)
         make, seen = BodyMaker(1), set()
         for _ in range(400):
-            value = make.of_type(msgspec.inspect.type_info(kind), 0)
+            value = make.of_type(info, 0)
             seen |= set(value) if isinstance(value, dict) else set()
-        assert seen >= {field.encode_name for field in msgspec.inspect.type_info(kind).fields}, kind
+        assert seen >= {field.encode_name for field in getattr(info, "fields", ())}, kind
 
 

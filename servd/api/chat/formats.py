@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from servd.api.chat.reasoning_parsers import REASONING_PARSERS, ReasoningParser
 from servd.api.chat.tool_parsers import TOOL_PARSERS, ToolParser
+from servd.errors import InvalidRequestError
 from servd.registry import Registry
 
 _log = logging.getLogger("servd.chat")
@@ -29,6 +30,9 @@ class TemplateFacts(Protocol):
 
     def token_id(self, text: str) -> int | None:
         """The one token that is written `text`."""
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The conversation as the model's text. Raises InvalidRequestError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class ChatFormats:
     reasoning_parser: type[ReasoningParser] | None
     template_knows_tools: bool
     template_knows_calls: bool
+    takes_system: bool  # the template has a place for a system message
     template_variables: frozenset[str]
     token_ids: dict[str, int]  # of the parsers' markers that are one token
     special: frozenset[str]  # the markers that are special tokens
@@ -77,6 +82,7 @@ class ChatFormats:
             reasoning,
             knows_tools,
             knows_tools and "tool_calls" in source,
+            _takes_system(tokenizer),
             tokenizer.template_variables,
             token_ids,
             frozenset(text for text, i in token_ids.items() if i in tokenizer.special_token_ids),
@@ -88,6 +94,15 @@ class ChatFormats:
             return f"<[{self.token_ids[text]}]>"
         spelled = json.dumps(text)
         return f"({spelled} | <[{self.token_ids[text]}]>)" if text in self.token_ids else spelled
+
+
+def _takes_system(tokenizer: TemplateFacts) -> bool:
+    try:
+        return "SYSTEM" in tokenizer.apply_chat_template(
+            [{"role": "system", "content": "SYSTEM"}, {"role": "user", "content": "hello"}]
+        )
+    except InvalidRequestError:
+        return False
 
 
 def _chosen(registry: Registry[T], name: str, template: str) -> T | None:

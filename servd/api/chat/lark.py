@@ -11,6 +11,7 @@ from typing import Any
 
 from servd.api.chat.call import Tool
 from servd.engine.guidance import JSON_STYLE
+from servd.engine.json_schema import ANNOTATIONS, NAMED_SCHEMAS, ONE_SCHEMA, OWN_KEYWORD, SOME_SCHEMAS
 
 # Keywords by which an object may have properties that are not listed beside them.
 _OPENS = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
@@ -24,7 +25,25 @@ def literal(text: str) -> str:
 
 def json_term(schema: Mapping[str, Any], *, is_strict: bool) -> str:
     """The term of JSON texts under `schema`. Not strict: keywords that cannot be enforced are left out."""
-    return "%json " + json.dumps({**schema, "x-guidance": {**JSON_STYLE, "lenient": not is_strict}})
+    style = JSON_STYLE if is_strict else {**JSON_STYLE, "lenient": True}
+    return "%json " + json.dumps({**_bare(schema), OWN_KEYWORD: style})
+
+
+def _bare(schema: Any) -> Any:
+    """A schema without its descriptions, which can be most of its text."""
+    if not isinstance(schema, dict):
+        return schema
+    kept: dict[str, Any] = {}
+    for keyword, value in schema.items():
+        if keyword in NAMED_SCHEMAS and isinstance(value, dict):
+            kept[keyword] = {name: _bare(each) for name, each in value.items()}
+        elif keyword in SOME_SCHEMAS and isinstance(value, list):
+            kept[keyword] = [_bare(each) for each in value]
+        elif keyword in ONE_SCHEMA or keyword == "items":
+            kept[keyword] = _bare(value)
+        elif keyword not in ANNOTATIONS or keyword == "$id":
+            kept[keyword] = value
+    return kept
 
 
 def arguments_term(tool: Tool) -> str:

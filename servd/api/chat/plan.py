@@ -48,7 +48,8 @@ async def encode_call(service: InferenceService, call: ChatCall) -> list[int]:
         _check_continued(call)
     messages, shown_tools = call.messages, call.tools if call.tool_choice.mode != "none" else ()
     if not formats.template_knows_calls:
-        messages = told_in_text(messages, () if formats.template_knows_tools else shown_tools)
+        told_tools = () if formats.template_knows_tools else shown_tools
+        messages = told_in_text(messages, told_tools, takes_system=formats.takes_system)
     token_ids = await service.encode_chat(
         messages,
         add_generation_prompt=call.add_generation_prompt and not call.continue_final_message,

@@ -86,14 +86,21 @@ def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
 
 
 def _described(tool: Tool) -> dict[str, Any]:
-    described: dict[str, Any] = {"name": tool.name}
-    if tool.description is not None:
-        described["description"] = tool.description
-    return described | {"parameters": tool.parameters or {"type": "object", "properties": {}}}
+    # Some templates fail without a description, or without parameters.
+    return {
+        "name": tool.name,
+        "description": tool.description or "",
+        "parameters": tool.parameters or {"type": "object", "properties": {}},
+    }
 
 
-def told_in_text(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """A conversation for a template that knows no tools: they, calls and results as text, as Hermes and Qwen do it."""
+def told_in_text(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], *, takes_system: bool = True
+) -> list[dict[str, Any]]:
+    """A conversation for a template that knows no tools: they, calls and results as text, as Hermes and Qwen do it.
+
+    `takes_system`: the template has a place for a system message; else the first message tells of the tools.
+    """
     told: list[dict[str, Any]] = []
     follows_result = False
     for message in messages:
@@ -114,8 +121,10 @@ def told_in_text(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -
     if tools:
         lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in template_tools(tools))
         introduction = _INTRODUCTION.format(tools=lines)
-        if told and told[0]["role"] == "system":
+        if told[0]["role"] == "system":
             told[0]["content"] = f"{told[0]['content']}\n\n{introduction}".lstrip()
+        elif not takes_system:
+            told[0]["content"] = f"{introduction}\n\n{told[0]['content']}"
         else:
             told.insert(0, {"role": "system", "content": introduction})
     return told

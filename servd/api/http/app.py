@@ -18,16 +18,20 @@ from aiohttp import http_exceptions, web
 from servd import __version__
 from servd.api.access import KeyRing
 from servd.api.http import routes
+from servd.api.http.anthropic.errors import anthropic_error_json
 from servd.api.http.context import (
     BODY_TIMEOUT,
     ENGINE_FEED,
+    ERROR_BODIES,
     KEEP_ALIVE,
     KEYS,
     PUBLIC_ROUTES,
+    RESPONSES,
     RESUMABLE_STREAMS,
     SERVER_CONFIG,
     SERVICE,
     WRITE_TIMEOUT,
+    ErrorBody,
 )
 from servd.api.http.errors import (
     BadHTTPError,
@@ -39,6 +43,7 @@ from servd.api.http.errors import (
 from servd.api.http.event_stream import resume_streams
 from servd.api.http.middleware import add_headers, check_access, errors_as_json, identify_and_log
 from servd.api.http.openapi import API_DOCUMENT, ApiDocument, Endpoint
+from servd.api.http.responses.store import ResponseStore
 from servd.api.http.resumable_streams import ResumableStreams
 from servd.api.service import InferenceService
 from servd.api.tls import RELOAD_SECONDS, TlsContext, TlsFiles
@@ -159,7 +164,10 @@ def create_app(
     app[BODY_TIMEOUT] = body_timeout
     app[KEEP_ALIVE] = server_config.sse_keep_alive
     app[RESUMABLE_STREAMS] = ResumableStreams(server_config.resume_seconds, server_config.resume_buffer_bytes)
-    app.on_shutdown.append(_close_resumable_streams)
+    error_bodies: dict[str, ErrorBody] = {"/v1/messages": anthropic_error_json}
+    app[ERROR_BODIES] = error_bodies
+    app[RESPONSES] = ResponseStore()
+    app.on_shutdown.append(_close_kept_streams)
     app.on_response_prepare.append(add_headers)
     endpoints = [endpoint for route_file in discover_routes() for endpoint in route_file]
     app.router.add_routes(endpoints)
@@ -169,8 +177,9 @@ def create_app(
     return app
 
 
-async def _close_resumable_streams(app: web.Application) -> None:
+async def _close_kept_streams(app: web.Application) -> None:
     await app[RESUMABLE_STREAMS].close()
+    await app[RESPONSES].close()
 
 
 def discover_routes() -> list[list[Endpoint]]:

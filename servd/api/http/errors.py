@@ -99,9 +99,10 @@ def error_json(error: ServdError) -> bytes:
     )
 
 
-def error_response(error: ServdError) -> web.Response:
-    """The whole reply: status, headers and body."""
-    response = web.Response(status=error.http_status, body=error_json(error), content_type="application/json")
+def error_response(error: ServdError, body: bytes | None = None) -> web.Response:
+    """The whole reply: status, headers and body; `body`: where the route's dialect has a shape of its own."""
+    body = error_json(error) if body is None else body
+    response = web.Response(status=error.http_status, body=body, content_type="application/json")
     if isinstance(error, OverloadedError):
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if isinstance(error, AuthenticationError):

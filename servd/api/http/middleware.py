@@ -16,9 +16,10 @@ from aiohttp.typedefs import Handler
 
 from servd.api.access import ANONYMOUS, set_caller
 from servd.api.http import cors
-from servd.api.http.context import ARRIVAL, CALLER, KEYS, PUBLIC_ROUTES, REQUEST_ID, SERVER_CONFIG
+from servd.api.http.context import ARRIVAL, CALLER, ERROR_BODIES, KEYS, PUBLIC_ROUTES, REQUEST_ID, SERVER_CONFIG
 from servd.api.http.errors import ForbiddenError, as_servd_error, error_response
 from servd.api.service import set_call_id
+from servd.errors import ServdError
 
 MAX_OFFERED_KEYS = 4  # each unknown one is compared with all of the file
 CLIENT_CLOSED_REQUEST = 499  # nginx's number for the log line of a client that went away
@@ -52,6 +53,8 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     response.headers["Server"] = "servd"
     if REQUEST_ID in request:
         response.headers["X-Request-Id"] = request[REQUEST_ID]
+        if request.path.startswith("/v1/messages"):  # what Anthropic's clients call it
+            response.headers["request-id"] = request[REQUEST_ID]
     if CALLER in request and (limits := request[CALLER].limits) is not None:
         response.headers.update(limits.headers())
     cors.add_headers(request, response)
@@ -59,16 +62,24 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 
 @web.middleware
 async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn what the handler raised into OpenAI's error shape."""
+    """Turn what the handler raised into the error shape of the path's dialect: OpenAI's, unless it has its own."""
     try:
         return await handler(request)
     except Exception as error:
         if isinstance(error, ConnectionError) and client_is_gone(request):
             raise  # nobody is there to answer
-        response = error_response(as_servd_error(error))
+        shown = as_servd_error(error)
+        response = error_response(shown, _dialect_body(request, shown))
         if isinstance(error, web.HTTPMethodNotAllowed):
             response.headers["Allow"] = error.headers["Allow"]
         return response
+
+
+def _dialect_body(request: web.Request, error: ServdError) -> bytes | None:
+    for prefix, body in request.app[ERROR_BODIES].items():
+        if request.path == prefix or request.path.startswith(prefix + "/"):
+            return body(error, request[REQUEST_ID])
+    return None
 
 
 def client_is_gone(request: web.Request) -> bool:

@@ -22,8 +22,9 @@ WITH_KEY = ServerConfig(port=0, api_key=KEY)
 
 
 def all_routes() -> list[tuple[str, str]]:
-    routes = [route for route_file in discover_routes() for route in route_file]
-    return [(route.method, route.path) for route in routes if not route.operation.hidden]
+    """All but Anthropic's, whose errors have a shape of their own: see test_messages."""
+    routes = [route for route_file in discover_routes() for route in route_file if not route.operation.hidden]
+    return [(route.method, route.path) for route in routes if not route.path.startswith("/v1/messages")]
 
 
 def test_every_route_but_the_probes_wants_the_key(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from pydantic import BaseModel
 
 from servd.api.service import InferenceService
 from servd.config import ServerConfig
-from servd.errors import ConfigError
+from servd.errors import ConfigError, InvalidRequestError
 from tests.api.http.serving import CHAT, Served, serve
 from tests.fakes import EOS, ByteTokenizer
 
@@ -183,6 +184,25 @@ def test_tools_reach_a_model_whose_template_knows_none(tmp_path: Path) -> None:
             )
             await whole(server, "hi", tool_choice="none", max_tokens=1)
             assert prompt_of(server) == "user: hi\nassistant: "
+
+    asyncio.run(main())
+
+
+class NoSystemTokenizer(ByteTokenizer):
+    """Bytes, and a template that has no place for a system message."""
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        if messages[0]["role"] == "system":
+            raise InvalidRequestError("no system messages", param="messages")
+        return super().apply_chat_template(messages, **options)
+
+
+def test_tools_reach_a_model_without_system_messages(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path, tokenizer=NoSystemTokenizer()) as server:
+            await whole(server, "hi", max_tokens=1)
+            assert prompt_of(server).startswith("user: You may call functions")
+            assert prompt_of(server).endswith("</tool_call>\n\nhi\nassistant: ")
 
     asyncio.run(main())
 

@@ -15,6 +15,7 @@ from servd.api.chat.reading import Source, Steps, Writer, text_until
 from servd.api.chat.tool_parsers import TOOL_PARSERS, CallGrammar, ToolParser
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
+OTHERS = ("<function=", "<arg_key>", "<tool_calls>")
 
 
 @TOOL_PARSERS.register("hermes")
@@ -25,7 +26,9 @@ class Hermes(ToolParser):
 
     @staticmethod
     def is_written_by(template: str) -> bool:
-        return OPENING in template and "<function=" not in template
+        # Others write names, keys, lists or XML between the same tags.
+        is_json = any(key in template for key in ('"arguments"', '\\"arguments\\"'))
+        return OPENING in template and is_json and not any(tag in template for tag in OTHERS)
 
     def read(self, source: Source, writer: Writer, tools: Sequence[Tool]) -> Steps:
         while (yield from text_until(source, writer, [OPENING])):

@@ -24,7 +24,9 @@ class Llama3Json(ToolParser):
 
     @staticmethod
     def is_written_by(template: str) -> bool:
-        return PYTHON_TAG in template or ('"parameters": dictionary' in template and "<|eot_id|>" in template)
+        if "<function=" in template or "<|eot_id|>" not in template:
+            return False
+        return PYTHON_TAG in template or '"parameters": dictionary' in template
 
     def read(self, source: Source, writer: Writer, tools: Sequence[Tool]) -> Steps:
         names = {tool.name for tool in tools}

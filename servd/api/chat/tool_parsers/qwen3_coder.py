@@ -32,7 +32,7 @@ class Qwen3Coder(ToolParser):
 
     @staticmethod
     def is_written_by(template: str) -> bool:
-        return FUNCTION in template and PARAMETER in template
+        return OPENING in template and FUNCTION in template and PARAMETER in template
 
     def read(self, source: Source, writer: Writer, tools: Sequence[Tool]) -> Steps:
         schemas = {tool.name: tool.parameters or {} for tool in tools}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,6 +67,9 @@ class Facts:
 
     def token_id(self, text: str) -> int | None:
         return self.ids.get(text)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        return str(messages)
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +167,15 @@ def test_an_answer_follows_its_format_or_calls(name: str, tokens: tuple[Tokenize
     assert forced.takes(ONE[name]) and not forced.takes('{"n":3}')
     free = Grammar(tokens, formats, "", tools=TOOLS, answer_format=FORMAT, tool_choice=ToolChoice("none"))
     assert free.takes('{"n":3}') and not free.takes(ONE[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_long_descriptions_do_not_count(name: str, tokens: tuple[Tokenizer, LLTokenizer]) -> None:
+    city = {"type": "string", "description": "c" * 10_000, "title": "City"}
+    described = {"type": "object", "description": "d" * 10_000, "properties": {"city": city, "title": {"type": "null"}}}
+    tools = (Tool("go", "walk", described),)
+    grammar = Grammar(tokens, formats_of(name), "", tools=tools, tool_choice=ToolChoice("required"))
+    assert len(grammar.text) < 1500 and '"title' in grammar.text.replace("\\", "").replace("=title>", '"title')
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -203,7 +203,7 @@ def test_mistral_ids_are_what_its_templates_allow() -> None:
 
 def test_templates_tell_the_format() -> None:
     templates = {
-        "hermes": "{%- if tools %}<tools>…</tools> <tool_call>\n{\"name\": <function-name>}",
+        "hermes": "{%- if tools %}<tools>…</tools> <tool_call>\n{\"name\": <function-name>, \"arguments\": <args>}",
         "llama3_json": "{{- '<|python_tag|>' }} <|eot_id|>",
         "mistral": "{{ '[AVAILABLE_TOOLS]' }} {{ '[TOOL_CALLS] [' }}",
         "qwen3_coder": "<tool_call>\n<function=example_function_name>\n<parameter=example_parameter_1>",
@@ -212,6 +212,15 @@ def test_templates_tell_the_format() -> None:
     assert sorted(templates) == NAMES
     for expected, template in templates.items():
         assert [name for name in NAMES if TOOL_PARSERS.get(name).is_written_by(template)] == [expected]
+    others = (
+        "<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key> arguments",  # GLM
+        '<tool_calls>[{"name": "f", "arguments": {}}]</tool_calls> <tool_call>',
+        "<seed:tool_call>\n<function=f>\n<parameter=p>",
+        "<|python_tag|> <|eot_id|> <function=f>{}</function>",
+        "{{ messages[0].content }}",
+    )
+    for template in others:
+        assert not [name for name in NAMES if TOOL_PARSERS.get(name).is_written_by(template)], template
 
 
 def test_special_tokens_never_show() -> None:
