@@ -9,6 +9,7 @@ import hashlib
 import http
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -68,7 +69,8 @@ class Operation:
     body: the type that parses the request's JSON. reply: the type of a JSON success. events: the type of the `data` of
     one server-sent event, where the endpoint streams (always, if there is no `reply`). media_type: of a success that
     is neither. query: parameter → JSON schema. errors: what it raises, beyond what every endpoint may. replies: types
-    of other statuses. ranges: as in `field_ranges`, for a body type of the route's own. public: answers without a key.
+    of other statuses. error: the type of every failure. ranges: as in `field_ranges`, for a body type of the route's
+    own. public: answers without a key.
     """
 
     summary: str
@@ -80,12 +82,13 @@ class Operation:
     errors: Sequence[type[ServdError]] = ()
     replies: Mapping[int, Any] = field(default_factory=dict)
     ranges: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    error: Any = ErrorReply
     public: bool = False
     hidden: bool = False  # a page or a file for people: not in the document
 
     def types(self) -> list[Any]:
         """All types whose schemas the document needs."""
-        return [t for t in (self.body, self.reply, self.events, *self.replies.values()) if t is not None]
+        return [t for t in (self.body, self.reply, self.events, self.error, *self.replies.values()) if t is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +131,13 @@ def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """The OpenAPI document as plain data."""
     refs, components = _schemas([endpoint.operation for endpoint in endpoints])
     paths: dict[str, dict[str, Any]] = {}
+    names: Counter[str] = Counter()
     for endpoint in endpoints:
         path = re.sub(r"\{(\w+):[^/]*\}", r"{\1}", endpoint.path)
-        paths.setdefault(path, {})[endpoint.method.lower()] = _operation(endpoint, path, refs)
+        described = paths.setdefault(path, {})[endpoint.method.lower()] = _operation(endpoint, path, refs)
+        names[described["operationId"]] += 1
+        if (count := names[described["operationId"]]) > 1:  # the same handler under another path
+            described["operationId"] += f"_{count}"
     return {
         "openapi": "3.1.0",
         "info": {
@@ -182,7 +189,7 @@ def _responses(operation: Operation, refs: Mapping[Any, dict[str, Any]]) -> dict
         content[operation.media_type] = {"schema": {"type": "string"}}
     responses: dict[str, Any] = {"200": {"description": "as asked", "content": content}}
     for status, text in sorted(_failures(operation).items()):
-        responses[str(status)] = {"description": text, "content": {JSON: {"schema": refs[ErrorReply]}}}
+        responses[str(status)] = {"description": text, "content": {JSON: {"schema": refs[operation.error]}}}
     for status, reply in operation.replies.items():
         responses[str(status)] = {
             "description": http.HTTPStatus(status).phrase, "content": {JSON: {"schema": refs[reply]}}

@@ -214,3 +214,90 @@ class Version(msgspec.Struct):
     """The server's version."""
 
     version: str
+
+
+class EmbeddingEntry(msgspec.Struct):
+    """One input's vector: numbers, or base64 of little-endian float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(msgspec.Struct):
+    """Tokens of all inputs."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(msgspec.Struct):
+    """A vector an input, in order."""
+
+    object: Literal["list"]
+    data: list[EmbeddingEntry]
+    model: str
+    usage: EmbeddingUsage
+
+
+class Prefix(msgspec.Struct):
+    """A pin; times are seconds since 1970."""
+
+    id: str
+    object: Literal["prefix"]
+    name: str | None
+    state: str
+    num_tokens: int
+    num_blocks: int
+    bytes: int
+    created_at: int
+    expires_at: int
+
+
+class PrefixList(msgspec.Struct):
+    """Oldest first."""
+
+    object: Literal["list"]
+    data: list[Prefix]
+
+
+class DeletedPrefix(msgspec.Struct):
+    """What was let go of."""
+
+    id: str
+    object: Literal["prefix"]
+    deleted: bool
+
+
+class RequestList(msgspec.Struct):
+    """Newest first."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+
+
+class InputTokens(msgspec.Struct):
+    """How long a prompt is."""
+
+    input_tokens: int
+
+
+class AnthropicError(msgspec.Struct):
+    """What went wrong, in Anthropic's words."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorReply(msgspec.Struct):
+    """The body of a reply that is not a success, in Anthropic's shape."""
+
+    type: Literal["error"]
+    error: AnthropicError
+    request_id: str | None | UnsetType = UNSET
+
+
+class KServeErrorReply(msgspec.Struct):
+    """The body of a reply that is not a success, in the Open Inference Protocol's shape."""
+
+    error: str

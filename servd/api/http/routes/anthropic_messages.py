@@ -6,6 +6,7 @@ Knows nothing of chat templates. Errors on these paths have Anthropic's shape.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -21,7 +22,9 @@ from servd.api.http.decode import decode_body, read_body
 from servd.api.http.errors import as_servd_error
 from servd.api.http.event_stream import send_events
 from servd.api.http.generation import start_streams
+from servd.api.http.openapi import GENERATES, Endpoint, Operation
 from servd.api.http.replies import json_reply
+from servd.api.http.reply_types import AnthropicErrorReply, InputTokens
 from servd.api.http.resumable_streams import EventSource
 from servd.api.http.schema import renamed
 from servd.api.service import InferenceService
@@ -146,6 +149,18 @@ class _Making:
 
 
 ROUTES = [
-    web.post("/v1/messages", create_message),
-    web.post("/v1/messages/count_tokens", count_tokens),
-]
+    Endpoint(
+        "POST", "/v1/messages", create_message,
+        Operation(
+            "Answer, in Anthropic's dialect", body=MessagesRequest, reply=dict[str, Any], events=dict[str, Any],
+            errors=GENERATES, error=AnthropicErrorReply,
+        ),
+    ),
+    Endpoint(
+        "POST", "/v1/messages/count_tokens", count_tokens,
+        Operation(
+            "Count the tokens of a call", body=CountTokensRequest, reply=InputTokens, errors=GENERATES,
+            error=AnthropicErrorReply,
+        ),
+    ),
+]  # fmt: skip

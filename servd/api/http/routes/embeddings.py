@@ -14,7 +14,9 @@ from aiohttp import web
 
 from servd.api.http.context import ARRIVAL, SERVICE
 from servd.api.http.decode import decode_body, read_body
+from servd.api.http.openapi import GENERATES, Endpoint, Operation
 from servd.api.http.replies import json_reply
+from servd.api.http.reply_types import EmbeddingList
 from servd.api.http.schema.generation import MAX_DEADLINE_MS, MAX_PRIORITY, MAX_SALT_CHARS
 from servd.api.service import InferenceService
 from servd.engine.embeddings import Embedding
@@ -142,4 +144,9 @@ def _check_range(field: str, value: int | None, low: int, high: int) -> None:
         raise InvalidRequestError(f"{field} is {value}; allowed: {low} to {high}", param=field)
 
 
-ROUTES = [web.post("/v1/embeddings", create_embeddings)]
+ROUTES = [
+    Endpoint(
+        "POST", "/v1/embeddings", create_embeddings,
+        Operation("Turn texts into vectors", body=EmbeddingRequest, reply=EmbeddingList, errors=GENERATES),
+    )
+]  # fmt: skip

@@ -17,7 +17,9 @@ from servd.api.http.decode import decode_body, read_body
 from servd.api.http.errors import as_servd_error
 from servd.api.http.event_stream import send_events
 from servd.api.http.kserve import MODEL_PATHS, model_of, protocol_error, protocol_errors
+from servd.api.http.openapi import GENERATES, Endpoint, Operation
 from servd.api.http.replies import json_reply
+from servd.api.http.reply_types import KServeErrorReply
 from servd.api.kserve import model
 from servd.api.kserve.answers import InferReply, replies_to, whole_reply
 from servd.api.kserve.call import InferRequest, call_from, check_count, input_spec, raw_tensor
@@ -256,8 +258,23 @@ def _generated(service: InferenceService, request_id: str, reply: InferReply) ->
     return shown
 
 
+_INFER_OPERATION = Operation(
+    "Tensors in, tensors out", body=InferBody, reply=dict[str, Any], errors=GENERATES, error=KServeErrorReply
+)
+_GENERATE_OPERATION = Operation(
+    "Text in, text out, as Triton has it", body=dict[str, Any], reply=dict[str, Any], errors=GENERATES,
+    error=KServeErrorReply,
+)  # fmt: skip
+_STREAM_OPERATION = Operation(
+    "Text in, events out, as Triton has it", body=dict[str, Any], events=dict[str, Any], errors=GENERATES,
+    error=KServeErrorReply,
+)  # fmt: skip
+
 ROUTES = [
-    *(web.post(f"{path}/infer", protocol_errors(infer)) for path in MODEL_PATHS),
-    *(web.post(f"{path}/generate", protocol_errors(generate)) for path in MODEL_PATHS),
-    *(web.post(f"{path}/generate_stream", protocol_errors(generate_stream)) for path in MODEL_PATHS),
+    *(Endpoint("POST", f"{path}/infer", protocol_errors(infer), _INFER_OPERATION) for path in MODEL_PATHS),
+    *(Endpoint("POST", f"{path}/generate", protocol_errors(generate), _GENERATE_OPERATION) for path in MODEL_PATHS),
+    *(
+        Endpoint("POST", f"{path}/generate_stream", protocol_errors(generate_stream), _STREAM_OPERATION)
+        for path in MODEL_PATHS
+    ),
 ]

@@ -14,9 +14,12 @@ import servd
 from servd.api.http.context import SERVICE
 from servd.api.http.decode import decode_body, read_body
 from servd.api.http.kserve import MODEL_PATHS, model_of, protocol_errors
+from servd.api.http.openapi import Endpoint, Operation
 from servd.api.http.replies import json_reply
+from servd.api.http.reply_types import KServeErrorReply
 from servd.api.kserve import model
 from servd.api.kserve.tensors import TensorSpec
+from servd.errors import NotFoundError
 
 
 class IndexBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -115,14 +118,21 @@ def _metadata(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
 
 
+_SERVER = Operation("The server", reply=dict[str, Any])
+_PROBE = Operation("A probe", reply=dict[str, Any], replies={503: dict[str, Any]}, public=True)
+_MODEL = Operation("About the model", reply=dict[str, Any], errors=(NotFoundError,), error=KServeErrorReply)
+_LIST = Operation("The models there are", reply=list[dict[str, Any]], error=KServeErrorReply)
+_ABOUT_A_MODEL = {"/ready": model_ready, "/config": model_config, "/stats": model_statistics, "": model_metadata}
+
 ROUTES = [
-    web.get("/v2", server_metadata),
-    web.get("/v2/health/live", live),
-    web.get("/v2/health/ready", ready),
-    web.get("/v2/models/stats", protocol_errors(model_statistics)),
-    web.post("/v2/repository/index", protocol_errors(repository_index)),
-    *(web.get(f"{path}/ready", protocol_errors(model_ready)) for path in MODEL_PATHS),
-    *(web.get(f"{path}/config", protocol_errors(model_config)) for path in MODEL_PATHS),
-    *(web.get(f"{path}/stats", protocol_errors(model_statistics)) for path in MODEL_PATHS),
-    *(web.get(path, protocol_errors(model_metadata)) for path in MODEL_PATHS),
+    Endpoint("GET", "/v2", server_metadata, _SERVER),
+    Endpoint("GET", "/v2/health/live", live, _PROBE),
+    Endpoint("GET", "/v2/health/ready", ready, _PROBE),
+    Endpoint("GET", "/v2/models/stats", protocol_errors(model_statistics), _MODEL),
+    Endpoint("POST", "/v2/repository/index", protocol_errors(repository_index), _LIST),
+    *(
+        Endpoint("GET", path + end, protocol_errors(handler), _MODEL)
+        for end, handler in _ABOUT_A_MODEL.items()
+        for path in MODEL_PATHS
+    ),
 ]

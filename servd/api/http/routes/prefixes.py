@@ -15,12 +15,14 @@ from servd.api.chat.plan import plan_chat
 from servd.api.http.context import SERVICE
 from servd.api.http.decode import decode_body, read_body
 from servd.api.http.messages import ChatMessage, template_messages
+from servd.api.http.openapi import GENERATES, Endpoint, Operation
 from servd.api.http.replies import json_reply
+from servd.api.http.reply_types import DeletedPrefix, Prefix, PrefixList
 from servd.api.http.schema.checks import check_length
 from servd.api.http.schema.generation import MAX_SALT_CHARS
 from servd.api.service import InferenceService
 from servd.engine.prefix_pins import DEFAULT_TTL_SECONDS, PrefixPin
-from servd.errors import InvalidRequestError
+from servd.errors import InvalidRequestError, NotFoundError
 from servd.sampling_params import SamplingParams
 
 
@@ -110,8 +112,14 @@ def _as_dict(pin: PrefixPin) -> dict[str, Any]:
 
 
 ROUTES = [
-    web.post("/v1/prefixes", create_prefix),
-    web.get("/v1/prefixes", list_prefixes),
-    web.get("/v1/prefixes/{id}", retrieve_prefix),
-    web.delete("/v1/prefixes/{id}", delete_prefix),
-]
+    Endpoint(
+        "POST", "/v1/prefixes", create_prefix,
+        Operation("Pin the beginning of prompts", body=PrefixRequest, reply=Prefix, errors=GENERATES),
+    ),
+    Endpoint("GET", "/v1/prefixes", list_prefixes, Operation("All pins", reply=PrefixList)),
+    Endpoint("GET", "/v1/prefixes/{id}", retrieve_prefix, Operation("One pin", reply=Prefix, errors=(NotFoundError,))),
+    Endpoint(
+        "DELETE", "/v1/prefixes/{id}", delete_prefix,
+        Operation("Let go of a pin", reply=DeletedPrefix, errors=(NotFoundError,)),
+    ),
+]  # fmt: skip

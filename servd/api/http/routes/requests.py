@@ -5,12 +5,16 @@ Knows nothing of how it is found out.
 
 from __future__ import annotations
 
+from typing import Any
+
 from aiohttp import web
 
 from servd.api.http.context import SERVICE
+from servd.api.http.openapi import Endpoint, Operation
 from servd.api.http.replies import json_reply
+from servd.api.http.reply_types import RequestList
 from servd.engine.request_log import MAX_FINISHED
-from servd.errors import InvalidRequestError
+from servd.errors import InvalidRequestError, NotFoundError
 
 STATES = ("waiting", "running", "finished")
 
@@ -34,4 +38,19 @@ async def retrieve_request(request: web.Request) -> web.Response:
     return json_reply(request.app[SERVICE].describe_request(request.match_info["id"]))
 
 
-ROUTES = [web.get("/v1/requests", list_requests), web.get("/v1/requests/{id}", retrieve_request)]
+ROUTES = [
+    Endpoint(
+        "GET", "/v1/requests", list_requests,
+        Operation(
+            "One's requests, running and lately finished", reply=RequestList,
+            query={
+                "state": {"enum": list(STATES)},
+                "limit": {"type": "integer", "minimum": 1, "maximum": MAX_FINISHED},
+            },
+        ),
+    ),
+    Endpoint(
+        "GET", "/v1/requests/{id}", retrieve_request,
+        Operation("Why a request was slow", reply=dict[str, Any], errors=(NotFoundError,)),
+    ),
+]  # fmt: skip

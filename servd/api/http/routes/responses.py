@@ -22,6 +22,7 @@ from servd.api.http.decode import decode_body, read_body
 from servd.api.http.errors import as_servd_error
 from servd.api.http.event_stream import send_events, send_pieces
 from servd.api.http.generation import start_streams
+from servd.api.http.openapi import GENERATES, Endpoint, Operation
 from servd.api.http.replies import chat_logprobs, json_reply
 from servd.api.http.responses.answer import ResponseAnswer, usage_dict
 from servd.api.http.responses.items import Item, read_input, template_messages
@@ -32,7 +33,7 @@ from servd.api.http.resumable_streams import EventSource
 from servd.api.http.schema import renamed
 from servd.api.service import InferenceService
 from servd.engine.result_stream import ResultStream
-from servd.errors import InvalidRequestError, OverloadedError, UnsupportedError
+from servd.errors import InvalidRequestError, NotFoundError, OverloadedError, UnsupportedError
 from servd.outputs import RequestOutput
 from servd.sampling_params import SamplingParams
 
@@ -293,11 +294,22 @@ async def list_input_items(request: web.Request) -> web.Response:
     return json_reply(item_page(request.query, [*history, *own]))
 
 
+_ONE = Operation("A kept response", reply=dict[str, Any], errors=(NotFoundError,))
+
 ROUTES = [
-    web.post("/v1/responses", create_response),
-    web.post("/v1/responses/input_tokens", count_input_tokens),
-    web.get("/v1/responses/{response_id}", retrieve_response),
-    web.delete("/v1/responses/{response_id}", delete_response),
-    web.post("/v1/responses/{response_id}/cancel", cancel_response),
-    web.get("/v1/responses/{response_id}/input_items", list_input_items),
-]
+    Endpoint(
+        "POST", "/v1/responses", create_response,
+        Operation(
+            "Answer, in OpenAI's Responses dialect", body=ResponseRequest, reply=dict[str, Any], events=dict[str, Any],
+            errors=GENERATES,
+        ),
+    ),
+    Endpoint(
+        "POST", "/v1/responses/input_tokens", count_input_tokens,
+        Operation("Count the tokens of a call", body=ResponseRequest, reply=dict[str, Any], errors=GENERATES),
+    ),
+    Endpoint("GET", "/v1/responses/{response_id}", retrieve_response, _ONE),
+    Endpoint("DELETE", "/v1/responses/{response_id}", delete_response, _ONE),
+    Endpoint("POST", "/v1/responses/{response_id}/cancel", cancel_response, _ONE),
+    Endpoint("GET", "/v1/responses/{response_id}/input_items", list_input_items, _ONE),
+]  # fmt: skip
