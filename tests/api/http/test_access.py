@@ -17,7 +17,7 @@ from tests.api.http.serving import CHAT, COMPLETIONS, serve
 
 KEY = "sekret-key"
 WRONG_KEYS = (None, "", "Bearer", "Bearer wrong", f"Basic {KEY}", KEY, "Bearer \u00ff\u00fe", f"Bearer {KEY}x")
-PROBES = ("/health", "/livez", "/readyz")
+PROBES = ("/health", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready")
 WITH_KEY = ServerConfig(port=0, api_key=KEY)
 
 
