@@ -274,6 +274,19 @@ def test_bad_tools_are_named(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_tools_that_no_grammar_can_force_are_refused_where_one_is_needed(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path, replies=REPLIES) as server:
+            for schema in ({"type": "string", "pattern": "(a"}, {"type": "strng"}, {"$ref": "http://x.org/schema"}):
+                parameters = {"type": "object", "properties": {"x": schema}, "required": ["x"]}
+                tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+                reply = await server.post(CHAT, ask("q-none", tools=tools, tool_choice="required"))
+                assert (reply.status, reply.error()["param"]) == (400, "tool_choice"), schema
+                assert (await whole(server, "q-none", tools=tools))["finish_reason"] == "stop"
+
+    asyncio.run(main())
+
+
 def test_a_million_tools_are_refused_before_they_are_looked_at(tmp_path: Path) -> None:
     async def main() -> None:
         async with serve(tmp_path) as server:
