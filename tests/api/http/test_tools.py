@@ -225,12 +225,18 @@ def test_choices_become_grammars(tmp_path: Path) -> None:
                 seen.append(json.dumps(guidance_of(server)))
             assert len(set(seen)) == 5 and all("tool_call" in grammar for grammar in seen)
             assert "get_weather" not in seen[1]
+            for mode in ("auto", "required"):
+                allowed = {"mode": mode, "tools": [{"type": "function", "function": {"name": "now"}}]}
+                await whole(server, "q-one", tool_choice={"type": "allowed_tools", "allowed_tools": allowed})
+                assert "get_weather" not in prompt_of(server)
+                assert (guidance_of(server) is None) == (mode == "auto")
             await whole(server, "q-one", tool_choice="none")
             assert guidance_of(server) is None
 
     asyncio.run(main())
 
 
+OTHER = {"type": "function", "function": {"name": "other"}}
 DEEP = json.loads('{"a":' * 80 + "1" + "}" * 80)
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [NOW] * 300}, "tools", "300 entries"),
@@ -249,8 +255,11 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
      "tools[0].function.parameters", "'not' at # is not supported"),
     ({"tool_choice": "any"}, "tool_choice", '"any"; allowed: none, auto, required'),
     ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice", "'other'"),
-    ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice.type", "allowed_tools"),
-    ({"tool_choice": {"type": "function"}}, "tool_choice", "a function"),
+    ({"tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "tool_choice.type", '"custom"'),
+    ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [OTHER]}}},
+     "tool_choice.allowed_tools.tools", "'other'"),
+    ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice", "without allowed_tools"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice", "without function"),
     ({"tools": None, "tool_choice": "required"}, "tool_choice", "with tools"),
     ({"parallel_tool_calls": 1}, "parallel_tool_calls", "true or false"),
     ({"functions": [{"name": "f"}]}, "functions", "does not honour"),
