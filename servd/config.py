@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from servd.errors import ConfigError
+from servd.sampling_params import POOLINGS
 
 GIB = 1 << 30
 MAX_DRAFTS = 32  # guesses in a step; on no machine seen do so many pay for themselves
@@ -56,6 +57,11 @@ class ModelConfig:
         "sampling defaults for requests that do not set them; auto: the model's generation_config.json; none: OpenAI's",
         choices=("auto", "none"),
     )
+    embedding_pooling: str = flag(
+        "last",
+        "which hidden states make an embedding, unless a request says: the last token's, all (mean), the first's (cls)",
+        choices=POOLINGS,
+    )
     seed: int | None = flag(None, "makes requests without a seed of their own repeatable, in order of arrival")
 
 
@@ -76,6 +82,8 @@ class CacheConfig:
         None, "memory for KV blocks, e.g. 2GiB; default on CPU: a quarter of RAM, at most 4GiB", unit="bytes"
     )
     gpu_memory_utilization: float = flag(0.9, "share of the card that weights, activations and KV may take")
+    max_pinned_share: float = flag(0.25, "share of the KV blocks that pinned prefixes may hold, all together")
+    max_tenant_pinned_share: float = flag(0.25, "share of the KV blocks that one tenant's pinned prefixes may hold")
     enable_prefix_caching: bool = flag(True, "reuse the KV blocks of equal prompt beginnings")
 
 
@@ -105,6 +113,12 @@ class ParallelConfig:
     executor: str = flag("multiproc", "where the model runs (a file of servd/executor)")
     threads: int | None = flag(None, "compute threads of a CPU worker; default: the cores this process may use")
     max_worker_restarts: int = flag(3, "worker restarts within ten minutes before the server gives up")
+    step_timeout: float = flag(
+        120.0,
+        "a worker process that computes no step for so long is killed and restarted (the first step gets five times "
+        "as long); 0: never",
+        unit="seconds",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +129,14 @@ class ServerConfig:
     port: int = flag(8000, "HTTP port; 0 picks a free one")
     grpc_port: int = flag(8001, "gRPC port; 0 picks a free one, -1 turns gRPC off")
     api_key: str | None = flag(None, "clients must send this key (also from SERVD_API_KEY); default: none needed")
+    api_keys_file: str | None = flag(
+        None, "keys with names, scopes and limits, as `servd keys` makes them; read again when it changes"
+    )
+    insecure_no_auth: bool = flag(False, "let other machines use this server without a key")
+    cors_origin: str = flag("", "web pages that may call from a browser, e.g. https://a.example,http://b.example:3000")
+    tls_cert: str | None = flag(None, "PEM file of a certificate chain: TLS for HTTP and gRPC; read again on change")
+    tls_key: str | None = flag(None, "PEM file of the certificate's private key")
+    tls_client_ca: str | None = flag(None, "PEM file of authorities: clients must have a certificate of one of them")
     tool_call_parser: str = flag(
         "auto",
         "how the model writes tool calls (a file of servd/api/chat/tool_parsers); auto: as its chat template tells, "
@@ -126,6 +148,11 @@ class ServerConfig:
         "tells; none: it is part of the answer",
     )
     max_body_bytes: int = flag(8 << 20, "largest request body", unit="bytes")
+    max_body_chunks: int = flag(16384, "most chunks of a chunked body")
+    max_json_depth: int = flag(128, "how deep arrays and objects of a body may be nested")
+    max_request_line: int = flag(8190, "longest request line", unit="bytes")
+    max_header_bytes: int = flag(16384, "longest header", unit="bytes")
+    max_headers: int = flag(100, "most headers of a request")
     sse_keep_alive: float = flag(15.0, "an event stream that waits gets a comment this often; 0: never", unit="seconds")
     resume_seconds: float = flag(
         30.0, "a resumable stream (stream_options.resumable) goes on for so long without a client; 0: none are allowed",
@@ -181,6 +208,8 @@ class EngineConfig:
         queued, restarts = scheduler.max_num_queued_reqs, self.parallel.max_worker_restarts
         _require("--max-num-queued-reqs", queued, queued >= 1, "at least 1")
         _require("--max-worker-restarts", restarts, restarts >= 0, "0 or more")
+        seconds = self.parallel.step_timeout
+        _require("--step-timeout", seconds, 0 <= seconds < float("inf"), "0 (never) or more")
         if model.max_model_len is not None:
             _require("--max-model-len", model.max_model_len, model.max_model_len >= 2, "at least 2")
         if cache.kv_cache_memory is not None:
@@ -188,6 +217,9 @@ class EngineConfig:
         parse_kv_cache_dtype(cache.kv_cache_dtype)
         parse_layers(cache.kv_cache_skip_layers)
         _require("--kv-shadow-rate", cache.kv_shadow_rate, 0 <= cache.kv_shadow_rate <= 1, "0 to 1")
+        for name in ("max_pinned_share", "max_tenant_pinned_share"):
+            share = getattr(cache, name)
+            _require("--" + name.replace("_", "-"), share, 0 <= share <= 0.9, "0 to 0.9")
         utilization = cache.gpu_memory_utilization
         _require("--gpu-memory-utilization", utilization, 0 < utilization <= 1, "more than 0, at most 1")
         threads = self.parallel.threads
@@ -195,6 +227,20 @@ class EngineConfig:
             threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         _require("--threads", threads, threads >= 1, "at least 1")
         return dataclasses.replace(self, parallel=dataclasses.replace(self.parallel, threads=threads))
+
+
+def check_limits(config: ServerConfig) -> None:
+    """Raise ConfigError naming the flag whose number makes no sense."""
+    for name, low, high in (
+        ("max_body_bytes", 1024, GIB),
+        ("max_body_chunks", 1, 1 << 24),
+        ("max_json_depth", 8, 512),  # the parser itself stops near 1000
+        ("max_request_line", 256, 1 << 20),
+        ("max_header_bytes", 256, 1 << 20),
+        ("max_headers", 10, 10_000),
+    ):
+        value = getattr(config, name)
+        _require(f"--{name.replace('_', '-')}", value, low <= value <= high, f"{low} to {high}")
 
 
 def default_cpu_kv_memory() -> int:

@@ -9,6 +9,7 @@ Knows nothing of transports: `api/` turns `http_status` and `grpc_code` into rep
     ├── NotFoundError                404 NOT_FOUND            unknown model, unknown request
     ├── PayloadTooLargeError         413 RESOURCE_EXHAUSTED
     ├── OverloadedError              429 RESOURCE_EXHAUSTED   carries retry_after seconds
+    │   └── RateLimitedError         429 RESOURCE_EXHAUSTED   this key has used what it may
     ├── DeadlineExceededError        408 DEADLINE_EXCEEDED
     ├── RequestFailedError           500 INTERNAL             this one request failed, the engine goes on
     │   └── StepFailedError          500 INTERNAL             a whole step failed; the workers live on
@@ -90,6 +91,13 @@ class OverloadedError(ServdError):
     def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class RateLimitedError(OverloadedError):
+    """The caller's key has used what it may; nothing was started."""
+
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
 
 
 class DeadlineExceededError(ServdError):

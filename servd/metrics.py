@@ -5,13 +5,31 @@ Knows nothing of who counts: the engine calls the methods, `/metrics` renders.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _LATENCY = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 _DIVERGENCE = (1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1)
+
+
+class Load(Protocol):
+    """What gauges show; EngineStats has it."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def kv_blocks_used(self) -> int: ...
+    @property
+    def kv_blocks_pinned(self) -> int: ...
+    @property
+    def kv_blocks_cached(self) -> int: ...
+    @property
+    def kv_blocks_free(self) -> int: ...
 
 
 class Metrics:
@@ -26,10 +44,11 @@ class Metrics:
         )
         self.kv_blocks = Gauge(
             "servd_kv_blocks",
-            "KV blocks: used by requests, cached (reusable until evicted), free",
+            "KV blocks: used by requests, pinned (also while requests use them), cached (reusable until evicted), free",
             ["state"],
             registry=registry,
         )
+        self.prefix_pins = Gauge("servd_prefix_pins", "Pinned prefixes", registry=registry)
         self.time_to_first_token = Histogram(
             "servd_time_to_first_token_seconds", "Arrival to first token", buckets=_LATENCY, registry=registry
         )
@@ -78,12 +97,15 @@ class Metrics:
             "servd_kv_shadow_top1_equal", "Sampled steps with the same likeliest token", registry=registry
         )
 
-    def follow_gauges(self, read: Mapping[str, Callable[[], float]]) -> None:
-        """Read gauges at scrape time: keys are running, waiting, used, cached and free."""
-        self.requests_running.set_function(read["running"])
-        self.requests_waiting.set_function(read["waiting"])
-        for state in ("used", "cached", "free"):
-            self.kv_blocks.labels(state).set_function(read[state])
+    def follow_gauges(self, stats: Callable[[], Load], num_pins: Callable[[], int]) -> None:
+        """Read gauges at scrape time."""
+        self.requests_running.set_function(lambda: stats().running)
+        self.requests_waiting.set_function(lambda: stats().waiting)
+        self.prefix_pins.set_function(num_pins)
+        self.kv_blocks.labels("used").set_function(lambda: stats().kv_blocks_used)
+        self.kv_blocks.labels("pinned").set_function(lambda: stats().kv_blocks_pinned)
+        self.kv_blocks.labels("cached").set_function(lambda: stats().kv_blocks_cached)
+        self.kv_blocks.labels("free").set_function(lambda: stats().kv_blocks_free)
 
     def render(self) -> bytes:
         """The metrics in Prometheus' text format."""

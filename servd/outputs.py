@@ -92,6 +92,7 @@ class ModelRunnerOutput(msgspec.Struct, array_like=True):
     num_draft_tokens: int = 0  # guessed and computed in this step
     # [num_sampled] drafts of each request that were right: it has so many tokens more than one; empty: none
     num_accepted_tokens: list[int] = []
+    embeddings: dict[str, bytes] = {}  # pooled prompts that ended in this step: little-endian float32 [hidden_size]
 
     def tokens_by_request(self) -> dict[str, list[int]]:
         """The tokens of each request that has any."""
@@ -113,6 +114,7 @@ class WorkerInfo(msgspec.Struct, array_like=True):
     num_blocks: int  # KV blocks, the null block included
     block_bytes: int  # of one block over all layers
     kernel_backend: str
+    hidden_size: int = 0  # length of an embedding
 
 
 @dataclass(slots=True)
@@ -125,6 +127,7 @@ class RequestOutput:
     token_ids: list[int] = field(default_factory=list)  # new tokens
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a new token, if asked for
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # whole prompt, first None; set once
+    embedding: bytes | None = None  # little-endian float32 [hidden_size], with the finish reason
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or token that ended it
     num_prompt_tokens: int = 0
@@ -138,6 +141,7 @@ class RequestOutput:
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
         self.prompt_logprobs = later.prompt_logprobs if self.prompt_logprobs is None else self.prompt_logprobs
+        self.embedding = later.embedding
         self.finish_reason = later.finish_reason
         self.stop_reason = later.stop_reason
         self.num_cached_tokens = later.num_cached_tokens

@@ -43,8 +43,8 @@ class Request:
         "arrival_time", "cache_salt", "eos_token_ids", "finish_reason", "first_scheduled_time", "keeps_blocks",
         "max_total_tokens", "num_cached_tokens", "num_computed_tokens", "num_inflight_drafts", "num_inflight_steps",
         "num_inflight_tokens", "num_output_tokens_at_death", "num_preemptions", "num_worker_deaths",
-        "output_token_ids", "parent_id", "priority", "prompt_token_ids", "request_id", "sampling_params", "seed",
-        "status",
+        "output_token_ids", "parent_id", "pin_id", "priority", "prompt_token_ids", "request_id", "sampling_params",
+        "seed", "status",
     )  # fmt: skip
 
     def __init__(
@@ -59,6 +59,7 @@ class Request:
         priority: int = 0,
         parent_id: str | None = None,
         cache_salt: str = "",
+        pin_id: str | None = None,
         keeps_blocks: bool = False,
     ) -> None:
         self.request_id = request_id
@@ -70,6 +71,7 @@ class Request:
         self.priority = priority  # lower runs first
         self.parent_id = parent_id  # fork from this request's blocks once its prompt is computed
         self.cache_salt = cache_salt
+        self.pin_id = pin_id  # its blocks are pinned under this name when all of its prompt is computed
         self.keeps_blocks = keeps_blocks  # once it is complete, for others to go on from (see Scheduler.fork)
         max_tokens = sampling_params.max_tokens
         room = max_model_len - len(prompt_token_ids)

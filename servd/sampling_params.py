@@ -21,6 +21,7 @@ MAX_LOGIT_BIASES = 1024
 MAX_N = 128
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 128
+POOLINGS = ("last", "mean", "cls")
 MAX_LENGTH_PENALTY = 10.0
 
 # Settings that beam search, which looks at the model's own log-probabilities, cannot honour; and what changes nothing.
@@ -83,6 +84,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     guidance: str | None = None  # a grammar that the answer follows; see servd.engine.guidance
+    pooling: str | None = None  # the prompt's hidden states become one vector (last, mean, cls); nothing is sampled
+
+    @property
+    def needs_every_position(self) -> bool:
+        """Whether all of the prompt must be computed, however much of it is cached."""
+        return self.prompt_logprobs is not None or self.pooling in ("mean", "cls")
 
     @property
     def num_sequences(self) -> int:
@@ -115,6 +122,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             count = getattr(self, name)
             if count is not None:
                 _check_int(name, count, 0, MAX_LOGPROBS)
+        self._validate_pooling()
         self._validate_stops(vocab_size)
         self._validate_logit_bias(vocab_size)
         self._validate_constraints(vocab_size)
@@ -146,6 +154,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                     f"{' or '.join(repr(value) for value in neutral)}",
                     param=name,
                 )
+
+    def _validate_pooling(self) -> None:
+        if self.pooling is None:
+            return
+        if self.pooling not in POOLINGS:
+            _fail("pooling", repr(self.pooling), ", ".join(POOLINGS))
+        if self.max_tokens != 0 or self.n != 1:
+            _fail("pooling", repr(self.pooling), "with max_tokens 0 and n 1")
 
     def _validate_logit_bias(self, vocab_size: int) -> None:
         biases: object = {} if self.logit_bias is None else self.logit_bias

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from servd.outputs import ModelRunnerOutput, NewRequestData, SchedulerOutput, To
 from servd.sampling_params import SamplingParams
 
 EOS = 256
+HIDDEN_SIZE = 8
 VOCAB_SIZE = 257
 TEMPLATE_ERROR = "<template error>"  # a message with this text makes the chat template refuse
 
@@ -86,6 +88,7 @@ class FakeRequest:
     stop_token_ids: list[int]
     block_ids: list[int]
     max_total_tokens: int
+    num_pooled: int = 0  # prompt positions seen since it started, if it is pooled
 
     @property
     def num_output_tokens(self) -> int:
@@ -145,7 +148,7 @@ class FakeExecutor(Executor):
         self.requests.clear()
         self._kv.clear()
         self._task = asyncio.create_task(self._run())
-        return WorkerInfo("fake", "float32", self.num_blocks, 1024, "fake")
+        return WorkerInfo("fake", "float32", self.num_blocks, 1024, "fake", hidden_size=HIDDEN_SIZE)
 
     def submit(self, plan: SchedulerOutput) -> asyncio.Future[ModelRunnerOutput]:
         future: asyncio.Future[ModelRunnerOutput] = asyncio.get_running_loop().create_future()
@@ -163,6 +166,10 @@ class FakeExecutor(Executor):
         self._stop(error)
         if was_idle and self.on_idle_death is not None:
             self.on_idle_death(error)
+
+    async def kill(self) -> bool:
+        self._stop(WorkerDied("the fake worker was killed"))
+        return True
 
     async def close(self) -> None:
         task = self._task
@@ -228,6 +235,7 @@ class FakeExecutor(Executor):
             if len(request.token_ids) == request.max_total_tokens > request.num_prompt_tokens:
                 continue  # drafts brought its last token after this was planned
             self._compute(request, start, start + count)
+            self._pool(request, start, start + count, output)
             if request.params.prompt_logprobs is not None:
                 output.prompt_logprobs[request_id] = [
                     _logprobs(request.token_ids[p + 1], request.params.prompt_logprobs)
@@ -240,6 +248,16 @@ class FakeExecutor(Executor):
         if not output.num_draft_tokens:
             output.num_accepted_tokens.clear()
         return output
+
+    def _pool(self, request: FakeRequest, start: int, end: int, output: ModelRunnerOutput) -> None:
+        """The vector of a pooled prompt, once all of it that its pooling needs was computed."""
+        pooling = request.params.pooling
+        if pooling is None:
+            return
+        request.num_pooled += end - start
+        if end == request.num_prompt_tokens:
+            assert pooling == "last" or request.num_pooled == end, f"{pooling} saw {request.num_pooled} of {end}"
+            output.embeddings[request.request_id] = fake_embedding(request.token_ids, pooling).tobytes()
 
     def _sample_all(self, request: FakeRequest, num_drafts: int, output: ModelRunnerOutput) -> None:
         """The next token, and as many more as a guess that is sometimes right gives."""
@@ -294,6 +312,12 @@ class FakeExecutor(Executor):
                 done = request.num_output_tokens
                 return data[done] if done < len(data) else EOS
         return self.next_token(request)
+
+
+def fake_embedding(token_ids: Sequence[int], pooling: str) -> array[float]:
+    """Before it is cut and normalized: depends on every token and on the pooling."""
+    base = sum((i + 1) * t for i, t in enumerate(token_ids)) + len(pooling) * ord(pooling[0])
+    return array("f", ((base * (k + 1)) % 97 - 48.0 for k in range(HIDDEN_SIZE)))
 
 
 def _logprobs(token_id: int, num_top: int) -> TokenLogprobs:

@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from servd.api.access import KeyRing
 from servd.api.grpc.server import GrpcServer, start_grpc
 from servd.api.http.app import start_http, stop_http
 from servd.api.service import InferenceService
@@ -66,11 +67,12 @@ async def run_server(
             tool_call_parser=server_config.tool_call_parser,
             reasoning_parser=server_config.reasoning_parser,
         )
-        runner, http_port = await start_http(service, server_config)
+        keys = KeyRing.of(server_config)  # one for both fronts: a key's limits are of all its calls
+        runner, http_port = await start_http(service, server_config, keys=keys)
         stack.push_async_callback(stop_http, runner)
         grpc_server: GrpcServer | None = None
         if server_config.grpc_port >= 0:
-            grpc_server, _ = await start_grpc(service, server_config)
+            grpc_server, _ = await start_grpc(service, server_config, keys=keys)
             stack.push_async_callback(grpc_server.stop, GRPC_STOP_SECONDS)
         if await _stopped_before(stop, engine.start(progress)):
             return

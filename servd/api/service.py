@@ -5,22 +5,37 @@ Owns the model's name and request ids. Knows nothing of JSON, protobuf, SSE or s
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from functools import cached_property, partial
 from typing import Any
 
 import msgspec
 
+from servd.api.access import current_caller
 from servd.api.chat.formats import ChatFormats, ParserChoice
 from servd.engine.async_engine import AsyncEngine, EngineStats
+from servd.engine.embeddings import Embedding, check_dimensions, embed_all, pooling_params
+from servd.engine.prefix_pins import DEFAULT_TTL_SECONDS, PrefixPin
 from servd.engine.result_stream import ResultStream
 from servd.errors import InvalidRequestError, NotFoundError
+from servd.outputs import RequestOutput
+from servd.request import FinishReason
 from servd.sampling_params import SamplingParams
 
 MAX_TOKENIZE_CHARS = 1 << 20  # of a text that need not fit the context
 MAX_DETOKENIZE_TOKENS = 1 << 18
+
+# Not an argument, so that every dialect's requests are found by it.
+_call_id: ContextVar[str] = ContextVar("servd_call_id", default="")
+
+
+def set_call_id(call_id: str) -> None:
+    """Called by a transport, in the task of each call: what its client knows it by, besides the ids of its answers."""
+    _call_id.set(call_id)
 
 
 class InferenceService:
@@ -46,7 +61,12 @@ class InferenceService:
         return ChatFormats.of(self.engine.tokenizer, self._choice)
 
     def check_model(self, name: str | None) -> None:
-        """Raise NotFoundError unless `name` is the served model (None and "" mean: the one there is)."""
+        """Raise NotFoundError unless `name` is the served model (None and "" mean: the one there is).
+
+        A caller with a scope hears the same of models that do not exist and of those that it may not use.
+        """
+        if not current_caller().may_use(self.model_name):
+            raise NotFoundError(f"model {name!r} does not exist, or this API key may not use it", param="model")
         if name and name != self.model_name:
             raise NotFoundError(f"model {name!r} does not exist; served here: {self.model_name!r}", param="model")
 
@@ -121,11 +141,113 @@ class InferenceService:
         The stream yields RequestOutputs of all `params.n` answers (see `index`) until each has a finish_reason;
         closing it aborts what is unfinished. `timeout` in seconds. Raises InvalidRequestError, OverloadedError,
         EngineUnavailableError; what fails later arrives as an output with `error` set.
+
+        Whatever the dialect, the caller's scope and limits hold here (NotFoundError, RateLimitedError), and its tenant
+        is part of the salt.
         """
-        return self.engine.generate(
-            prompt_token_ids, params, request_id=request_id, priority=priority, timeout=timeout,
-            cache_salt=cache_salt, prompt_param=prompt_param,
-        )  # fmt: skip
+        caller = current_caller()
+        self.check_model(self.model_name)
+        charge = None if caller.limits is None else caller.limits.begin(len(prompt_token_ids), params.n)
+        try:
+            stream = self.engine.generate(
+                prompt_token_ids, params, request_id=request_id, priority=priority, timeout=timeout,
+                cache_salt=caller.cache_salt(cache_salt), prompt_param=prompt_param,
+            )  # fmt: skip
+        except BaseException:
+            if charge is not None:
+                charge.refund()
+            raise
+        if charge is not None:
+            stream.on_output = charge.take
+        self.engine.request_log.claim(request_id, tenant=caller.tenant, alias=_call_id.get())
+        return stream
+
+    async def embed(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        request_id: str,
+        pooling: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool = True,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str = "",
+        prompt_params: Sequence[str] = ("input",),
+    ) -> list[Embedding]:
+        """One vector a prompt (token ids), in order; many run in one batch. Nothing is started before all are checked.
+
+        pooling: last, mean or cls; None: `--embedding-pooling`. dimensions: only the first so many values.
+        normalize: to length 1, after the cut. timeout: seconds for all of them. prompt_params: what errors call each
+        prompt, or all. Raises what `generate` raises, DeadlineExceededError and RequestFailedError.
+        """
+        engine = self.engine
+        params = pooling_params(engine.config.model.embedding_pooling if pooling is None else pooling)
+        check_dimensions(dimensions, engine.info.hidden_size)
+        names = list(prompt_params) * len(prompts) if len(prompt_params) == 1 else prompt_params
+        for token_ids, name in zip(prompts, names, strict=True):
+            engine.inputs.check(len(token_ids), params, prompt_param=name)
+            await asyncio.sleep(0)  # thousands may come at once: others run between
+        deadline = None if timeout is None else time.monotonic() + timeout
+
+        def start(number: int) -> ResultStream:
+            return self.generate(
+                prompts[number], params,
+                request_id=request_id if len(prompts) == 1 else f"{request_id}-{number}",
+                priority=priority, timeout=None if deadline is None else deadline - time.monotonic(),
+                cache_salt=cache_salt, prompt_param=names[number],
+            )  # fmt: skip
+
+        limit = min(engine.config.scheduler.max_num_seqs, engine.config.scheduler.max_num_queued_reqs)
+        limits = current_caller().limits
+        if limits is not None and limits.max_concurrent is not None:
+            limit = min(limit, limits.max_concurrent)
+        return await embed_all(
+            start, len(prompts), num_at_once=limit, dimensions=dimensions, normalize=normalize
+        )
+
+    async def create_prefix(
+        self,
+        token_ids: list[int],
+        *,
+        ttl_seconds: float = DEFAULT_TTL_SECONDS,
+        name: str | None = None,
+        cache_salt: str = "",
+        prompt_param: str = "prompt",
+    ) -> PrefixPin:
+        """Compute a prefix and keep its KV blocks for the caller's tenant; see PrefixPins.create."""
+        caller = current_caller()
+        self.check_model(self.model_name)
+        self.engine.inputs.check(len(token_ids), SamplingParams(max_tokens=0), prompt_param=prompt_param)
+        charge = None if caller.limits is None else caller.limits.begin(len(token_ids), 1)
+        try:
+            return await self.engine.pins.create(
+                token_ids, tenant=caller.tenant, cache_salt=caller.cache_salt(cache_salt), ttl_seconds=ttl_seconds,
+                name=name, prompt_param=prompt_param,
+            )  # fmt: skip
+        finally:
+            if charge is not None:
+                charge.take(RequestOutput("", 0, finish_reason=FinishReason.LENGTH))
+
+    def list_prefixes(self) -> list[PrefixPin]:
+        """The caller's tenant's, oldest first."""
+        return self.engine.pins.of_tenant(current_caller().tenant)
+
+    def get_prefix(self, pin_id: str) -> PrefixPin:
+        """Raises UnknownPrefixError, also for another tenant's."""
+        return self.engine.pins.get(pin_id, current_caller().tenant)
+
+    def delete_prefix(self, pin_id: str) -> None:
+        """Let go of it. Raises UnknownPrefixError."""
+        self.engine.pins.delete(pin_id, current_caller().tenant)
+
+    def describe_request(self, name: str) -> dict[str, Any]:
+        """Why it was slow: by the id of its answer, or the call's. Raises UnknownRequestError, also for others'."""
+        return self.engine.request_log.describe(name, current_caller().tenant)
+
+    def list_requests(self, *, state: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
+        """Ids, states and ages of the caller's tenant's requests, newest first."""
+        return self.engine.request_log.overview(current_caller().tenant, state=state, limit=limit)
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
         """Token ids of a text, which may be empty, and longer than the context. Raises InvalidRequestError."""

@@ -41,7 +41,7 @@ class BlockPool:
         taken = []
         for _ in range(count):
             block = self.free_queue.popleft()
-            self._evict(block)
+            self.forget(block)
             block.ref_count = 1
             taken.append(block)
         return taken
@@ -77,18 +77,19 @@ class BlockPool:
             block.block_hash = block_hash
             self._by_hash[block_hash] = block
 
+    def forget(self, block: KVCacheBlock) -> None:
+        """This block's content can no longer be found; who holds the block keeps it."""
+        if block.block_hash is not None:
+            self.num_cached -= block.ref_count == 0
+            del self._by_hash[block.block_hash]
+            block.block_hash = None
+
     def forget_all(self) -> None:
         """No content can be found any more: the workers' memory is gone."""
         for block in self._by_hash.values():
             block.block_hash = None
         self._by_hash.clear()
         self.num_cached = 0
-
-    def _evict(self, block: KVCacheBlock) -> None:
-        if block.block_hash is not None:
-            self.num_cached -= 1
-            del self._by_hash[block.block_hash]
-            block.block_hash = None
 
     def check_integrity(self) -> None:
         """Assert every invariant of the pool; O(num_blocks), for tests."""

@@ -5,6 +5,8 @@ Knows nothing of the order of requests or of budgets: "no room" is an answer (No
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from servd.cache.block import KVCacheBlock
@@ -23,12 +25,16 @@ class Allocation:
 
 
 class _Table:
-    """The blocks of one request, in token order; the first `num_hashed` of them were offered to the prefix cache."""
+    """The blocks of one request, in token order; the first `num_hashed` of them were offered to the prefix cache.
 
-    __slots__ = ("blocks", "last_hash", "num_hashed")
+    The first `num_attached` were found there, not computed by the request.
+    """
+
+    __slots__ = ("blocks", "last_hash", "num_attached", "num_hashed")
 
     def __init__(self, root: bytes) -> None:
         self.blocks: list[KVCacheBlock] = []
+        self.num_attached = 0
         self.num_hashed = 0
         self.last_hash = root
 
@@ -41,6 +47,9 @@ class KVCacheManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.pool = BlockPool(num_blocks)
         self._tables: dict[str, _Table] = {}
+        self._pins: dict[str, list[KVCacheBlock]] = {}
+        self._pin_counts: Counter[KVCacheBlock] = Counter()  # pins of each pinned block
+        self.on_pins_lost: Callable[[], None] | None = None  # told when the content of pinned blocks is lost
         self.prefix_queries = 0  # tokens of admitted requests
         self.prefix_hits = 0  # of these, found in blocks of the cache or of a fork's parent
 
@@ -55,13 +64,13 @@ class KVCacheManager:
     def attach_cached_prefix(self, request: Request) -> int:
         """Give a request without blocks those that hold its longest cached prefix; returns the tokens they cover.
 
-        At most num_tokens − 1, so that the last token is computed and gives logits; none if prompt log-probabilities
-        are wanted, since those need every position computed.
+        At most num_tokens − 1, so that the last token is computed and gives logits; none if the prompt's
+        log-probabilities, or a mean over it, are wanted, since those need every position computed.
         """
         assert request.request_id not in self._tables, f"{request} holds blocks already"
         table = _Table(root_hash(request.cache_salt))
         self._tables[request.request_id] = table
-        if not self.enable_prefix_caching or request.sampling_params.prompt_logprobs is not None:
+        if not self.enable_prefix_caching or request.sampling_params.needs_every_position:
             return 0
         token_ids = request.all_token_ids()
         size = self.block_size
@@ -73,7 +82,7 @@ class KVCacheManager:
             self.pool.touch([block])
             table.blocks.append(block)
             table.last_hash = content
-        table.num_hashed = len(table.blocks)
+        table.num_attached = table.num_hashed = len(table.blocks)
         return table.num_hashed * size
 
     def count_prefix_lookup(self, num_tokens: int, num_cached_tokens: int) -> None:
@@ -144,6 +153,46 @@ class KVCacheManager:
         """Whether the request has a table."""
         return request.request_id in self._tables
 
+    @property
+    def num_pinned(self) -> int:
+        """Blocks that pins hold, whether requests use them or not."""
+        return len(self._pin_counts)
+
+    def is_pinned(self, pin_id: str) -> bool:
+        """Whether blocks are held under this name."""
+        return pin_id in self._pins
+
+    def pin(self, pin_id: str, request: Request) -> None:
+        """Hold the full blocks of a request whose tokens are all computed, findable, until `unpin`."""
+        assert pin_id not in self._pins, f"{pin_id} is pinned already"
+        token_ids, size = request.all_token_ids(), self.block_size
+        table = self._tables[request.request_id]
+        content, pinned = root_hash(request.cache_salt), []
+        for index in range(len(token_ids) // size):
+            content = block_hash(content, token_ids[index * size : (index + 1) * size])
+            # Equal content may be findable in another's block, or no longer be findable at all.
+            self.pool.register(table.blocks[index], content)
+            block = self.pool.lookup(content)
+            assert block is not None, f"block {index} of {request} cannot be found"
+            pinned.append(block)
+        self.pool.touch(pinned)
+        self._pins[pin_id] = pinned
+        self._pin_counts.update(pinned)
+
+    def unpin(self, pin_id: str) -> None:
+        """Let go of a pin's blocks, which stay findable until evicted. Unknown pins are ignored."""
+        pinned = self._pins.pop(pin_id, [])
+        self._pin_counts -= Counter(pinned)
+        self.pool.free(pinned)
+
+    def forget_computed(self, request: Request) -> None:
+        """What the request computed is not to be trusted: others must not find it. (What it found itself stays.)"""
+        table = self._tables.get(request.request_id)
+        if table is not None:
+            for block in table.blocks[table.num_attached : table.num_hashed]:
+                if block not in self._pin_counts:
+                    self.pool.forget(block)
+
     def free(self, request: Request) -> None:
         """Release the request's blocks; cached content stays findable until evicted. Unknown requests are ignored."""
         table = self._tables.pop(request.request_id, None)
@@ -153,11 +202,17 @@ class KVCacheManager:
     def forget_cached(self) -> None:
         """The content of all blocks is lost (new workers): nothing may be found any more."""
         assert not self._tables, f"{len(self._tables)} requests still hold blocks"
+        had_pins = bool(self._pins)
+        for pin_id in list(self._pins):
+            self.unpin(pin_id)
         self.pool.forget_all()
+        if had_pins and self.on_pins_lost is not None:
+            self.on_pins_lost()
 
     def resize(self, num_blocks: int) -> None:
         """New workers have so many blocks: a GPU's free memory is not the same at each start."""
         assert not self._tables, f"{len(self._tables)} requests still hold blocks"
+        assert not self._pins, f"{len(self._pins)} pins still hold blocks"
         self.pool = BlockPool(num_blocks)
 
     def check_integrity(self) -> None:
@@ -170,6 +225,14 @@ class KVCacheManager:
             assert 0 not in ids, f"{request_id} holds the null block"
             for block_id in ids:
                 owners[block_id] = owners.get(block_id, 0) + 1
+        counts: Counter[KVCacheBlock] = Counter()
+        for pin_id, pinned in self._pins.items():
+            counts.update(pinned)
+            for block in pinned:
+                owners[block.block_id] = owners.get(block.block_id, 0) + 1
+                found = block.block_hash is not None and self.pool.lookup(block.block_hash)
+                assert found is block, f"{pin_id} holds {block}, which cannot be found"
+        assert counts == self._pin_counts, f"{self._pin_counts} are counted, {counts} are pinned"
         for block in self.pool.blocks[1:]:
             num_owners = owners.get(block.block_id, 0)
             assert block.ref_count == num_owners, f"{block} has {num_owners} owners"

@@ -20,7 +20,15 @@ from servd.cli.command import COMMANDS, Command
 from servd.cli.flags import add_flags, read_flags
 from servd.cli.progress import progress_display
 from servd.cli.signals import ended_by_signals
-from servd.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig, ServerConfig
+from servd.config import (
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    ServerConfig,
+    check_limits,
+)
 from servd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,6 +52,7 @@ class ServeCommand(Command):
         """Serve until SIGTERM or SIGINT."""
         config, server_config = read_configs(arguments)
         check_addresses(server_config)
+        check_access(server_config)
 
         from servd.executor.base import EXECUTORS
         from servd.log import setup_logging
@@ -71,7 +80,22 @@ def read_configs(arguments: argparse.Namespace) -> tuple[EngineConfig, ServerCon
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
         # HTTP would carry more, but not gRPC's metadata. The key itself is not repeated: errors end up in logs.
         raise ConfigError("--api-key holds a character no header can carry; allowed: printable ASCII without spaces")
-    return config, dataclasses.replace(server_config, api_key=api_key)
+    server_config = dataclasses.replace(server_config, api_key=api_key)
+    check_limits(server_config)
+    return config, server_config
+
+
+def check_access(server_config: ServerConfig) -> None:
+    """Raise ConfigError for a key file, a certificate or origins that cannot be used. Slow starts come after it."""
+    from servd.api.access import KeyRing
+    from servd.api.http.cors import parse_origins
+    from servd.api.tls import TlsFiles
+
+    KeyRing.of(server_config)
+    if (tls := TlsFiles.of(server_config)) is not None:
+        tls.make_context()
+    if "*" in parse_origins(server_config.cors_origin) and not asks_for_key(server_config):
+        raise ConfigError("--cors-origin is *, which lets every web page in; allowed only where a key is needed")
 
 
 def check_addresses(server_config: ServerConfig) -> None:
@@ -86,11 +110,18 @@ def check_addresses(server_config: ServerConfig) -> None:
         check_listenable(host, grpc_port, "--grpc-port")
     elif grpc_port != -1:
         raise ConfigError(f"--grpc-port is {grpc_port}; allowed: -1 to 65535")
-    if not _is_loopback(host) and server_config.api_key is None:
-        sys.stderr.write(
-            f"servd: warning: {host} can be reached from other machines and no API key is set; "
-            f"anyone there can use this server (see --api-key)\n"
-        )
+    if not _is_loopback(host) and not asks_for_key(server_config):
+        if not server_config.insecure_no_auth:
+            raise ConfigError(
+                f"--host is {host}, which other machines can reach, and there is no key; set --api-key (or "
+                f"{API_KEY_VARIABLE}), --api-keys-file or --tls-client-ca, or say --insecure-no-auth to let anyone in"
+            )
+        sys.stderr.write(f"servd: warning: anyone who can reach {host} can use this server: --insecure-no-auth\n")
+
+
+def asks_for_key(server_config: ServerConfig) -> bool:
+    """Whether a caller must have something that not everybody has."""
+    return any((server_config.api_key, server_config.api_keys_file, server_config.tls_client_ca))
 
 
 def _is_loopback(host: str) -> bool:
@@ -125,14 +156,16 @@ def ready_lines(ready: Ready, server_config: ServerConfig) -> tuple[str, str, st
     """The three lines of a server that is ready: its URL, a curl that works, its gRPC address."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server_config.host, server_config.host)
     host = f"[{host}]" if ":" in host else host
-    url = f"http://{host}:{ready.http_port}"
+    url = f"{'https' if server_config.tls_cert else 'http'}://{host}:{ready.http_port}"
     body: dict[str, object] = {"model": ready.model_name}
     if ready.has_chat_template:
         path, body["messages"] = "chat/completions", [{"role": "user", "content": "What is the capital of France?"}]
     else:
         path, body["prompt"] = "completions", "Once upon a time"
     body |= {"max_tokens": 64, "temperature": 0}
-    key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if server_config.api_key else ""
-    curl = f"curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+    needs_key = server_config.api_key or server_config.api_keys_file
+    key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if needs_key else ""
+    trust = f" --cacert {shlex.quote(server_config.tls_cert)}" if server_config.tls_cert else ""
+    curl = f"curl{trust} {url}/v1/{path}{key} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
     grpc = "off" if ready.grpc_port is None else f"{host}:{ready.grpc_port}"
     return url, curl, f"gRPC {grpc}"

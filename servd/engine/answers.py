@@ -23,6 +23,7 @@ def new_answers(
     max_model_len: int,
     priority: int,
     cache_salt: str,
+    pin_id: str | None,
 ) -> list[Request]:
     """`count` requests '<request_id>#<index>'; the first one's seed is `seed`.
 
@@ -38,6 +39,7 @@ def new_answers(
             priority=priority,
             parent_id=f"{request_id}#0" if index and shares_prompt else None,
             cache_salt=cache_salt,
+            pin_id=pin_id,
         )
         for index in range(count)
     ]  # fmt: skip

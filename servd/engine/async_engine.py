@@ -24,7 +24,10 @@ from servd.engine.best_of import BestOf
 from servd.engine.core import EngineCore
 from servd.engine.input_processor import InputProcessor
 from servd.engine.output_processor import OutputProcessor
+from servd.engine.prefix_pins import PrefixPins
+from servd.engine.request_log import RequestLog
 from servd.engine.result_stream import ResultStream, Sink
+from servd.engine.stats import EngineStats as EngineStats
 from servd.engine.tokenizer import Tokenizer
 from servd.errors import (
     ConfigError,
@@ -48,20 +51,6 @@ from servd.scheduler.scheduler import Scheduler
 logger = logging.getLogger("servd.engine")
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """The engine's load at one moment."""
-
-    state: str  # starting, ready, recovering, draining or dead
-    running: int  # requests
-    waiting: int  # requests
-    kv_blocks_used: int
-    kv_blocks_cached: int
-    kv_blocks_free: int
-    num_blocks: int  # all but the null block
-    block_size: int  # tokens
 
 
 def with_max_model_len(config: EngineConfig, files: ModelFiles) -> EngineConfig:
@@ -110,6 +99,7 @@ class AsyncEngine:
         if config.model.generation_config == "auto":
             self.sampling_defaults = files.sampling_defaults()
         self.metrics = Metrics()
+        self.request_log = RequestLog()
         self.state = "starting"
         self.executor = executor or EXECUTORS.get(self.config.parallel.executor)(self.config, files)
         self.executor.config, self.executor.files = self.config, files
@@ -121,6 +111,7 @@ class AsyncEngine:
         self._core: EngineCore | None = None
         self._inputs: InputProcessor | None = None
         self._outputs: OutputProcessor | None = None
+        self._pins: PrefixPins | None = None
         self._beams: BeamSearches | None = None
         self._task: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
@@ -157,19 +148,17 @@ class AsyncEngine:
         scheduler = Scheduler(self.config.scheduler, cache)
         self._beams = BeamSearches(scheduler)
         self._core = EngineCore(
-            scheduler, self.executor, self.metrics,
+            scheduler, self.executor, self.metrics, self.request_log,
             on_updates=self._take_updates, on_state=self._change_state,
-            max_restarts=self.config.parallel.max_worker_restarts, log_steps=self._log_steps,
+            max_restarts=self.config.parallel.max_worker_restarts,
+            step_timeout=self.config.parallel.step_timeout, log_steps=self._log_steps,
         )  # fmt: skip
-        self.metrics.follow_gauges(
-            {
-                "running": lambda: self.stats().running,
-                "waiting": lambda: self.stats().waiting,
-                "used": lambda: self.stats().kv_blocks_used,
-                "cached": lambda: self.stats().kv_blocks_cached,
-                "free": lambda: self.stats().kv_blocks_free,
-            }
-        )
+        self._pins = PrefixPins(
+            cache, self.generate, block_bytes=info.block_bytes, max_model_len=self.max_model_len,
+            max_share=self.config.cache.max_pinned_share, max_tenant_share=self.config.cache.max_tenant_pinned_share,
+            claim=self.request_log.claim,
+        )  # fmt: skip
+        self.metrics.follow_gauges(self.stats, lambda: len(self.pins))
         self._task = asyncio.create_task(self._run(), name="servd-engine")
         self.state = "ready"
 
@@ -208,6 +197,8 @@ class AsyncEngine:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self.executor.close()
+        if self._pins is not None:
+            self._pins.close()
         self._text_threads.shutdown(wait=False)
         if self._inputs is not None:
             self._inputs.close()
@@ -228,12 +219,13 @@ class AsyncEngine:
         timeout: float | None = None,
         cache_salt: str = "",
         prompt_param: str = "prompt",
+        pin_id: str | None = None,
     ) -> ResultStream:
         """Check and queue a request; returns its stream of outputs.
 
-        `timeout` in seconds ends it with FinishReason.DEADLINE. `prompt_param` is what errors call the prompt.
-        Raises InvalidRequestError naming the field, EngineUnavailableError, OverloadedError. A grammar in `params` must
-        have passed `check_guidance`.
+        `timeout` in seconds ends it with FinishReason.DEADLINE. `prompt_param` is what errors call the prompt. `pin_id`
+        is for PrefixPins: max_tokens is 0 then. A grammar in `params` must have passed `check_guidance`.
+        Raises InvalidRequestError naming the field, EngineUnavailableError, OverloadedError.
         """
         core, outputs = self.core, self.outputs
         prompt_token_ids = list(prompt_token_ids)  # the caller's list may change
@@ -262,7 +254,7 @@ class AsyncEngine:
         answers = new_answers(
             request_id, count, prompt_token_ids, params,
             seed=seed, eos_token_ids=self.tokenizer.eos_token_ids, max_model_len=self.max_model_len,
-            priority=priority, cache_salt=cache_salt,
+            priority=priority, cache_salt=cache_salt, pin_id=pin_id,
         )  # fmt: skip
         family = self._families[request_id] = _Family([answer.request_id for answer in answers])
         for index, answer in enumerate(answers):
@@ -272,6 +264,8 @@ class AsyncEngine:
                 core.scheduler.add(answer)
         if params.use_beam_search:
             self.beams.start(answers)
+        records = self.request_log.begin(request_id, answers, stream.unread_since)
+        stream.on_unread = lambda index, since, seconds: records[index].unread(since, seconds)
         if timeout is not None:
             error = DeadlineExceededError(f"the deadline of {timeout:g} s passed")
             loop = asyncio.get_running_loop()
@@ -302,19 +296,7 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         """Queue lengths and KV use now."""
-        scheduler = self.core.scheduler
-        pool = scheduler.cache.pool
-        cached = pool.num_cached
-        return EngineStats(
-            state=self.state,
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            kv_blocks_used=pool.num_usable - pool.num_free,
-            kv_blocks_cached=cached,
-            kv_blocks_free=pool.num_free - cached,
-            num_blocks=pool.num_usable,
-            block_size=scheduler.cache.block_size,
-        )
+        return EngineStats.read(self.state, self.core.scheduler)
 
     async def run_in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """Run work on text in a thread, so that the loop goes on meanwhile."""
@@ -341,6 +323,13 @@ class AsyncEngine:
         return _started(self._beams)
 
     @property
+    def pins(self) -> PrefixPins:
+        """The pinned prefixes. Raises EngineUnavailableError before `start()`."""
+        if self._pins is None:
+            raise EngineUnavailableError("the engine is starting")
+        return self._pins
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises EngineUnavailableError before `start()`."""
         return _started(self._tokenizer)
@@ -363,9 +352,9 @@ class AsyncEngine:
         stopped = self.outputs.process(updates)
         for update in updates:
             if update.finish_reason is not None:
-                self._forget(update.request.request_id)
+                self._forget(update.request.request_id, update.finish_reason)
         for answer_id in stopped:
-            self._forget(answer_id)
+            self._forget(answer_id, FinishReason.STOP)
         return stopped
 
     def _change_state(self, state: str, error: ServdError | None) -> None:
@@ -387,14 +376,15 @@ class AsyncEngine:
     def _end_answers(self, answer_ids: list[str], reason: FinishReason, error: ServdError) -> None:
         for answer_id in answer_ids:
             self.outputs.finish(answer_id, reason, error)
-            self._forget(answer_id)
+            self._forget(answer_id, reason)
         for answer_id in answer_ids:  # all have been told: a scheduler that is broken can keep nobody waiting
             self.core.scheduler.finish(answer_id, reason)
             self.beams.end(answer_id)
         if answer_ids:
             self.core.wake()
 
-    def _forget(self, answer_id: str) -> None:
+    def _forget(self, answer_id: str, reason: FinishReason) -> None:
+        self.request_log.finish(answer_id, reason)
         request_id = self._answers.pop(answer_id, None)
         if request_id is None:
             return

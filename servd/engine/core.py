@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from servd.engine.recovery import RestartBudget
+from servd.engine.request_log import RequestLog
 from servd.errors import ServdError, WorkerDied
 from servd.executor.base import Executor
 from servd.metrics import Metrics
-from servd.outputs import ModelRunnerOutput, SchedulerOutput
+from servd.outputs import ModelRunnerOutput, ScheduledRequests, SchedulerOutput
 from servd.request import FinishReason
 from servd.scheduler.plan import Update
 from servd.scheduler.scheduler import Scheduler
@@ -23,6 +26,7 @@ from servd.scheduler.scheduler import Scheduler
 logger = logging.getLogger("servd.engine")
 step_logger = logging.getLogger("servd.steps")
 
+FIRST_STEP_FACTOR = 5  # a new worker may compile, or read weights from a cold disk, in its first step
 MAX_STEPS_IN_FLIGHT = 2  # one being computed, one waiting, so that the worker never waits for the planner
 
 
@@ -38,6 +42,10 @@ class StepRecord:
     num_accepted_tokens: int  # of these, the ones that were right
     num_waiting: int
     compute_seconds: float
+    end_time: float  # time.monotonic() seconds
+    plan: ScheduledRequests  # what each request computed
+    sampled_request_ids: list[str]  # those whose drafts the next field counts
+    num_accepted_by_request: list[int]  # empty: none
 
 
 class EngineCore:
@@ -48,19 +56,26 @@ class EngineCore:
         scheduler: Scheduler,
         executor: Executor,
         metrics: Metrics,
+        request_log: RequestLog,
         *,
         on_updates: Callable[[list[Update]], list[str]],
         on_state: Callable[[str, ServdError | None], None],
         max_restarts: int,
+        step_timeout: float = 0.0,
         log_steps: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.step_log: deque[StepRecord] = deque(maxlen=512)
         self._executor = executor
         self._metrics = metrics
+        self._request_log = request_log
+        scheduler.on_stopped = request_log.stopped
         self._on_updates = on_updates  # returns the requests that a stop string ended
         self._on_state = on_state
         self._restarts = RestartBudget(max_restarts)
+        self._step_timeout = step_timeout  # seconds; 0: none
+        self._progress_time = 0.0  # when the oldest step in flight came to be that
+        self._has_computed = False  # the workers that run now have
         self._log_steps = log_steps
         self._inflight: deque[tuple[SchedulerOutput, asyncio.Future[ModelRunnerOutput]]] = deque()
         self._wake = asyncio.Event()
@@ -75,13 +90,41 @@ class EngineCore:
     async def run(self) -> None:
         """The loop. Ends only by cancellation, or when the workers cannot be brought back."""
         while True:
-            lost = self._collect() or self._idle_loss
+            lost = self._collect() or self._idle_loss or await self._killed_if_hung()
             self._idle_loss = None
             if lost is not None and not await self._recover(lost):
                 return
             self._fill()
-            await self._wake.wait()
+            await self._wait()
             self._wake.clear()
+
+    async def _wait(self) -> None:
+        """Until something changes, or the oldest step in flight has taken too long."""
+        patience = self._patience()
+        if patience is None:
+            await self._wake.wait()
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, patience)):
+                await self._wake.wait()
+
+    def _patience(self) -> float | None:
+        """Seconds that the oldest step in flight has left; None: all the time in the world."""
+        if not self._inflight or not self._step_timeout:
+            return None
+        limit = self._step_timeout * (1 if self._has_computed else FIRST_STEP_FACTOR)
+        return self._progress_time + limit - time.monotonic()
+
+    async def _killed_if_hung(self) -> WorkerDied | None:
+        patience = self._patience()
+        if patience is None or patience > 0:
+            return None
+        problem = f"no step was computed for {self._step_timeout:g} s (--step-timeout)"
+        if await self._executor.kill():
+            return WorkerDied(f"{problem}: the worker was killed")
+        logger.warning("%s; such a worker cannot be killed, and is no longer watched", problem)
+        self._step_timeout = 0.0
+        return None
 
     def _fill(self) -> None:
         """Keep the worker fed: submit plans until enough are in flight or nothing more can be planned."""
@@ -89,9 +132,13 @@ class EngineCore:
             plan = self.scheduler.schedule()
             if plan is None:
                 break
+            if not self._inflight:
+                self._progress_time = time.monotonic()
             future = self._executor.submit(plan)
+            self._request_log.planned(plan, self.scheduler.waiting_for)
             future.add_done_callback(self._step_done)
             self._inflight.append((plan, future))
+        self._request_log.waits_for(self.scheduler.waiting_for)
         self._count_scheduler()
 
     def _workers_died_idle(self, error: WorkerDied) -> None:
@@ -113,9 +160,12 @@ class EngineCore:
             if isinstance(error, Exception):
                 return error
             self._inflight.popleft()
+            self._progress_time, self._has_computed = time.monotonic(), True
             output = future.result()
             self._record(plan, output)
-            stopped = self._on_updates(self.scheduler.update_from_output(output))
+            updates = self.scheduler.update_from_output(output)
+            self._request_log.stepped(plan, output, updates)
+            stopped = self._on_updates(updates)
             for request_id in stopped:
                 self.scheduler.finish(request_id, FinishReason.STOP)
         return None
@@ -123,8 +173,10 @@ class EngineCore:
     async def _recover(self, error: Exception) -> bool:
         """Replay everything after a lost step, on new workers if the old ones died. False if that is hopeless."""
         self._inflight.clear()
+        self._has_computed = False
         workers_lost = isinstance(error, WorkerDied)
         logger.error("%s: %s", "the worker is lost and is restarted" if workers_lost else "a step is replayed", error)
+        self._request_log.steps_lost(workers_lost=workers_lost)
         self._on_updates(self.scheduler.recover(workers_lost=workers_lost))
         if workers_lost:
             self._on_state("recovering", None)
@@ -155,7 +207,8 @@ class EngineCore:
         num_decode = sum(1 for n in counts if n == 1)
         record = StepRecord(
             plan.step_id, len(counts), sum(counts) - num_decode, num_decode, output.num_draft_tokens,
-            sum(output.num_accepted_tokens), len(self.scheduler.waiting), output.compute_seconds,
+            sum(output.num_accepted_tokens), len(self.scheduler.waiting), output.compute_seconds, time.monotonic(),
+            plan.scheduled, output.request_ids, output.num_accepted_tokens,
         )  # fmt: skip
         self.step_log.append(record)
         self._metrics.step_time.observe(output.compute_seconds)

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 from servd.config import EngineConfig
 from servd.engine.async_engine import AsyncEngine
+from servd.engine.embeddings import Embedding, check_dimensions, embed_all, pooling_params
+from servd.engine.result_stream import ResultStream
 from servd.errors import EngineUnavailableError, InvalidRequestError
 from servd.hub import ModelFiles, resolve_model
 from servd.outputs import TokenLogprobs
@@ -107,6 +109,24 @@ class LLM:
         show = len(batch) > 1 and sys.stderr.isatty() if progress is None else progress
         return self._call(self._generate_all(batch, params, show))
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool = True,
+    ) -> list[list[float]]:
+        """One vector a prompt, in order: the model's hidden states, pooled.
+
+        pooling: last, mean or cls (None: the setting `embedding_pooling`). dimensions: only the first so many values.
+        normalize: to length 1, after the cut. Raises InvalidRequestError naming the field, and RequestFailedError.
+        """
+        batch: list[Prompt] = [prompts] if _is_one_prompt(prompts) else list(prompts)  # type: ignore[list-item,arg-type]
+        params = pooling_params(self.engine.config.model.embedding_pooling if pooling is None else pooling)
+        embeddings = self._call(self._embed_all(batch, params, dimensions, normalize))
+        return [embedding.values.tolist() for embedding in embeddings]
+
     def close(self) -> None:
         """Stop the engine and free the model; calls that run end with EngineUnavailableError. Safe to call twice."""
         with self._close_lock:
@@ -144,6 +164,24 @@ class LLM:
                 for task in tasks:  # one failed: do not leave the others running
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _embed_all(
+        self, prompts: list[Prompt], params: SamplingParams, dimensions: int | None, normalize: bool
+    ) -> list[Embedding]:
+        inputs = self.engine.inputs
+        check_dimensions(dimensions, self.engine.info.hidden_size)
+        encoded = [inputs.encode_prompt(prompt, param=f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+        for i, token_ids in enumerate(encoded):
+            inputs.check(len(token_ids), params, prompt_param=f"prompts[{i}]")
+
+        def start(number: int) -> ResultStream:
+            return self.engine.generate(encoded[number], params, request_id=f"llm-{uuid.uuid4().hex}")
+
+        at_once = min(self.engine.config.scheduler.max_num_seqs, self.engine.config.scheduler.max_num_queued_reqs)
+        async with self._room_for(at_once):
+            return await embed_all(
+                start, len(encoded), num_at_once=at_once, dimensions=dimensions, normalize=normalize
+            )
 
     @asynccontextmanager
     async def _room_for(self, num_answers: int) -> AsyncIterator[None]:

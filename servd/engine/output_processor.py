@@ -96,6 +96,7 @@ class OutputProcessor:
         output = RequestOutput(request.request_id, answer.index, num_prompt_tokens=request.num_prompt_tokens)
         output.num_cached_tokens = request.num_cached_tokens
         output.finish_reason = update.finish_reason
+        output.embedding = update.embedding
         if update.prompt_logprobs and not answer.num_output_tokens:
             # After a preemption the same positions come again. Position p foretells token p + 1.
             answer.prompt_logprobs[update.first_position + 1 :] = update.prompt_logprobs

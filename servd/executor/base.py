@@ -51,6 +51,13 @@ class Executor(ABC):
         to requests and blocks, but not the tokens that the step would have sampled.
         """
 
+    async def kill(self) -> bool:
+        """End workers that do not answer, at once; every pending future gets WorkerDied, and `start()` may follow.
+
+        False where that cannot be done, as with a thread: they may then take as long as they like.
+        """
+        return False
+
     @abstractmethod
     async def close(self) -> None:
         """Stop the workers and free what they hold. Safe to call twice, and after a death."""

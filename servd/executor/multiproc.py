@@ -189,6 +189,22 @@ class MultiprocExecutor(Executor):
             rank.send(message)
         return future
 
+    async def kill(self) -> bool:
+        if self._burial is not None:
+            await self._burial  # they have just died by themselves
+            return True
+        ranks, self._ranks, self._is_ready = self._ranks, [], False
+        for rank in ranks:
+            rank.detach()
+            rank.process.kill()  # also ends one that is stopped
+        try:
+            for rank in ranks:
+                await rank.exited(EXIT_SECONDS)
+        finally:
+            _kill(ranks)
+            self._fail(WorkerDied("the worker was killed"))
+        return True
+
     async def close(self) -> None:
         if self._burial is not None:
             await self._burial

@@ -28,6 +28,7 @@ class Model(ABC):
     num_layers: int
     num_kv_heads: int  # on this rank
     head_dim: int
+    hidden_size: int
     vocab_size: int
     max_position_embeddings: int  # positions that the rotary table covers, any scaling included
     dtype: torch.dtype

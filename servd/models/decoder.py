@@ -230,6 +230,7 @@ class DecoderModel(Model):
         self.num_layers = decoder.num_layers
         self.num_kv_heads = self._layers[0].self_attention.num_kv_heads
         self.head_dim = decoder.head_dim
+        self.hidden_size = decoder.hidden_size
         self.vocab_size = decoder.vocab_size
         self.max_position_embeddings = decoder.rope.max_position
         self.dtype = context.dtype

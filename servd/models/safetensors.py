@@ -5,6 +5,8 @@ Knows nothing of models.
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,9 +58,26 @@ class SafetensorsFiles(WeightFiles):
 
 def _open(path: Path) -> Any:
     try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
+        shard = safe_open(path, framework="pt", device="cpu")
+        _check_names(path)
+        return shard
+    except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"{path} is not a usable safetensors file: {error}") from None
+
+
+def _check_names(path: Path) -> None:
+    """Raise ValueError for a name that occurs twice: `safe_open`, which has checked all else, takes either."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        json.loads(file.read(length), object_pairs_hook=_object_of_different_names)
+
+
+def _object_of_different_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return found
 
 
 def _dtype_of(shard: Any, name: str) -> torch.dtype:

@@ -31,7 +31,9 @@ class Update:
     new_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a new token, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None
+    embedding: bytes | None = None  # little-endian float32, once a pooled prompt is computed
     first_position: int = 0  # of the tokens computed in this step
+    num_computed: int = 0  # tokens of this step, guesses not counted
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None

@@ -7,6 +7,7 @@ executors or text. Steps are planned ahead of their predecessors' results, so a 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import count
 
 from servd.cache.kv_cache_manager import Allocation, KVCacheManager
@@ -42,6 +43,10 @@ class Scheduler:
         self.waiting = RequestQueue(self.policy)
         self.running = RequestQueue(self.policy)
         self.num_preemptions = 0
+        # What kept the first waiting request out of the last plan: blocks, seats (max_num_seqs), token_budget,
+        # quarantine (a suspect runs alone), or nothing but that steps in flight must end first.
+        self.waiting_for = "next_step"
+        self.on_stopped: Callable[[Request, str], None] | None = None  # told of each preemption, and why
         self._dropped: list[str] = []  # request ids the workers must forget with the next plan
         self._unsent: set[str] = set()  # running requests that the workers have not heard of
         self._held: dict[str, Request] = {}  # complete requests whose blocks are kept for forks
@@ -91,6 +96,7 @@ class Scheduler:
         plan = Plan(next(self._step_ids), self._dropped)
         budget = self.config.max_num_batched_tokens
         self._schedule_suspect(plan, budget)
+        self.waiting_for = "quarantine" if plan.shares else "next_step"
         if not plan.shares:
             preemptions = self.num_preemptions
             budget = self._schedule_running(plan, budget, list(self.running))
@@ -98,6 +104,8 @@ class Scheduler:
                 self._schedule_waiting(plan, budget)
                 if not plan.shares and not self._inflight and self._release_held():
                     self._schedule_waiting(plan, budget)  # nothing else could ever make room
+            else:
+                self.waiting_for = "blocks"
         if not plan.shares:
             return None  # ids in `_dropped` go with the next plan that has work
         if self.config.num_speculative_tokens:
@@ -149,13 +157,16 @@ class Scheduler:
     def _schedule_waiting(self, plan: Plan, budget: int) -> None:
         for request in self.waiting:
             if budget == 0 or len(self.running) >= self.config.max_num_seqs:
+                self.waiting_for = "token_budget" if budget == 0 else "seats"
                 return
             if not self._may_start(request):
                 continue
             if _is_quarantined(request):
+                self.waiting_for = "quarantine"
                 return  # its turn comes in a step of its own
             num_tokens = self._admit(request, budget, plan)
             if num_tokens is None:
+                self.waiting_for = "blocks"
                 return  # no room for it, and none may overtake it
             budget -= num_tokens
 
@@ -269,10 +280,11 @@ class Scheduler:
             if victim is request:
                 return None
 
-    def preempt(self, request: Request) -> None:
+    def preempt(self, request: Request, reason: str = "blocks") -> None:
         """Take a running request's blocks; it waits at its place in the queue and is computed again from its tokens.
 
         Tokens of steps in flight still count when they arrive: the request waits for them before it starts again.
+        `reason`: blocks, worker_died or step_failed.
         """
         assert request.status is RequestStatus.RUNNING, f"cannot preempt {request}"
         self.running.remove(request)
@@ -283,6 +295,8 @@ class Scheduler:
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.add(request)
+        if self.on_stopped is not None:
+            self.on_stopped(request, reason)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.status is RequestStatus.RUNNING:
@@ -328,11 +342,14 @@ class Scheduler:
             update = Update(request)
             request_id = request.request_id
             if request_id in output.failed:
+                self.cache.forget_computed(request)
                 update.error = output.failed[request_id]
                 update.finish_reason = FinishReason.ERROR
             else:
                 update.prompt_logprobs = output.prompt_logprobs.get(request_id)
+                update.embedding = output.embeddings.get(request_id)
                 update.first_position = share.num_computed_before
+                update.num_computed = share.num_computed_after - share.num_computed_before
                 num_computed = share.num_computed_after
                 if share.samples:
                     token_ids = sampled.get(request_id, [])
@@ -345,6 +362,8 @@ class Scheduler:
                     if share.samples:  # one token was foreseen; with none, the last is computed again for its logits
                         request.num_computed_tokens += len(update.new_token_ids) - 1
                     self.cache.cache_full_blocks(request, num_computed)
+                    if request.pin_id is not None and update.finish_reason is FinishReason.LENGTH:
+                        self.cache.pin(request.pin_id, request)
             if update.finish_reason is not None:
                 self._finish(request, update.finish_reason)
             updates.append(update)
@@ -397,7 +416,7 @@ class Scheduler:
                 given_up.append(Update(request, finish_reason=FinishReason.ERROR, error=GIVEN_UP))
                 self._finish(request, FinishReason.ERROR)
         for request in self.running:
-            self.preempt(request)
+            self.preempt(request, "worker_died" if workers_lost else "step_failed")
         self._release_held()
         self.cache.forget_cached()
         if workers_lost:

@@ -23,6 +23,7 @@ from servd.worker.drafter import Drafter
 from servd.worker.input_batch import InputBatch, PackedBatch, PromptTargets
 from servd.worker.kv_cache import PagedKVCache
 from servd.worker.kv_shadow import MAX_TOKENS, KVShadow
+from servd.worker.pooling import Pooler
 from servd.worker.sampler import Sampler
 from servd.worker.sampling_metadata import SamplingMetadata
 from servd.worker.structured_output import Guides
@@ -88,6 +89,7 @@ class ModelRunner:
         guides = Guides(model.vocab_size, tokenizer_path)
         self.batch = InputBatch(max_num_seqs, max_model_len, kv_cache.block_size, model.vocab_size, guides, drafter)
         self.sampler = Sampler(device)
+        self._pooler = Pooler()
         self._drafter = drafter
         self._replay = replay
         self._shadow = shadow
@@ -102,14 +104,17 @@ class ModelRunner:
         """
         began = time.perf_counter()
         self.batch.apply(plan)
+        self._pooler.apply(plan)
         self.kv_cache.copy_blocks(plan.block_copies)
         packed = self.batch.pack(plan.scheduled)
         sampled = _Sampled()
         prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
+        embeddings: dict[str, bytes] = {}
         if packed.request_ids:
             hidden = self._forward(packed)
             for targets in packed.prompt_targets:
                 prompt_logprobs[targets.request_id] = self._prompt_logprobs(hidden, targets)
+            embeddings = self._pooler.pool(packed, hidden, self.batch.fail)
             if packed.sample_request_ids:
                 sampled = self._sample(hidden, packed, plan.step_id)
         seconds = time.perf_counter() - began
@@ -127,6 +132,7 @@ class ModelRunner:
             kv_shadow=sampled.kv_shadow,
             num_draft_tokens=packed.num_drafts,
             num_accepted_tokens=sampled.num_accepted,
+            embeddings=embeddings,
         )
 
     def _forward(self, packed: PackedBatch) -> Tensor:

@@ -96,6 +96,7 @@ class Worker:
             num_blocks=self.kv_cache.num_blocks,
             block_bytes=self.kv_cache.block_bytes,
             kernel_backend=kernel_backend(self.device, self.model.dtype, self._formats[0]),
+            hidden_size=self.model.hidden_size,
         )
 
     def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:

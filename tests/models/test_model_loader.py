@@ -135,6 +135,24 @@ def test_pickle_is_refused_unopened(files: ModelFiles, tmp_path: Path) -> None:
     assert not (tmp_path / "exploded").exists()
 
 
+def test_code_beside_the_weights_is_never_run(files: ModelFiles, tmp_path: Path) -> None:
+    """`auto_map` is how a checkpoint asks for its own modules to be imported (fault 27)."""
+    canary = tmp_path / "imported"
+    for name in ("modeling_evil", "configuration_evil", "tokenization_evil"):
+        (files.folder / f"{name}.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
+    auto_map = {"AutoConfig": "configuration_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil",
+                "AutoTokenizer": ["tokenization_evil.Evil", None]}  # fmt: skip
+    edit_config(files, auto_map=auto_map, trust_remote_code=True)
+    (files.folder / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": auto_map, "tokenizer_class": "tokenization_evil.Evil", "trust_remote_code": True})
+    )
+    load_model(files, dtype="float32", device="cpu")
+    assert not canary.exists()
+    edit_config(files, architectures=["modeling_evil.Evil"])
+    assert "modeling_evil.Evil" in refused(files)
+    assert not canary.exists()
+
+
 def test_unknown_architecture_names_the_known_ones(files: ModelFiles) -> None:
     edit_config(files, architectures=["MambaForCausalLM"])
     assert refused(files) == (

@@ -1,201 +1,71 @@
-"""The gRPC server: servd.v1.Inference over the shared service, health, reflection, API key.
+"""The gRPC server: servd.v1.Inference and the Open Inference Protocol over the shared service, health, reflection.
 
-Owns the calls' life (deadline, cancellation, status). Knows nothing of scheduling nor of HTTP.
+Owns the listening port and its limits. Knows nothing of what calls do.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing, suppress
-from typing import Any
+from contextlib import suppress
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-import servd
-from servd.api.grpc import convert
-from servd.api.grpc._pb.servd.v1 import inference_pb2 as pb
+from servd.api.access import KeyRing
+from servd.api.grpc._pb.inference import grpc_service_pb2_grpc as kserve_grpc
 from servd.api.grpc._pb.servd.v1 import inference_pb2_grpc as pb_grpc
-from servd.api.grpc.status import Context, abort_with, errors_as_status
+from servd.api.grpc.credentials import server_credentials
+from servd.api.grpc.gate import Gate
+from servd.api.grpc.kserve import KServeServicer
+from servd.api.grpc.servicer import InferenceServicer
 from servd.api.service import InferenceService
 from servd.api.sockets import check_listenable
+from servd.api.tls import TlsFiles
 from servd.config import ServerConfig
-from servd.errors import AuthenticationError, ConfigError
-from servd.sampling_params import SamplingParams
+from servd.errors import ConfigError
 
 SERVICE_NAME = "servd.v1.Inference"
-HEALTH_METHODS = "/grpc.health.v1.Health/"
+KSERVE_NAME = "inference.GRPCInferenceService"
 HEALTH_POLL_SECONDS = 0.5
-DEFAULT_MAX_TOKENS = SamplingParams().max_tokens  # of Generate; Chat goes on to the end of the context
+WRITE_SECONDS = 60.0  # that a client may leave its stream unread
 
-
-class InferenceServicer(pb_grpc.InferenceServicer):
-    """The calls of servd.v1.Inference; see proto/servd/v1/inference.proto."""
-
-    def __init__(self, service: InferenceService) -> None:
-        self.service = service
-
-    def _params(self, message: pb.SamplingParams, max_tokens: int | None) -> SamplingParams:
-        """Settings of a call for which there is room in the queue."""
-        defaults = {"max_tokens": max_tokens, **self.service.engine.sampling_defaults}
-        params = convert.sampling_params_from(message, defaults)
-        self.service.engine.check_room(params.n)
-        return params
-
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
-        """Stream the continuation of a prompt."""
-        async with errors_as_status(context):
-            self.service.check_model(request.model)
-            params = self._params(request.sampling_params, DEFAULT_MAX_TOKENS)
-            field, prompt = convert.prompt_from(request)
-            add_special_tokens = _or_true(request, "add_special_tokens")
-            token_ids = await self.service.encode_prompt(prompt, add_special_tokens=add_special_tokens, param=field)
-            await self._stream(request, context, token_ids, params, field)
-
-    async def Chat(self, request: pb.ChatRequest, context: Context) -> None:
-        """Stream the answer to a conversation."""
-        async with errors_as_status(context):
-            self.service.check_model(request.model)
-            params = self._params(request.sampling_params, None)
-            token_ids = await self.service.encode_chat(
-                convert.chat_messages_from(request),
-                add_generation_prompt=_or_true(request, "add_generation_prompt"),
-                template_kwargs=convert.template_kwargs_from(request),
-            )
-            await self._stream(request, context, token_ids, params, "messages")
-
-    async def _stream(
-        self,
-        request: pb.GenerateRequest | pb.ChatRequest,
-        context: Context,
-        token_ids: list[int],
-        params: SamplingParams,
-        prompt_param: str,
-    ) -> None:
-        # A coroutine that writes, not a generator: grpc cancels this task when the client leaves or its deadline
-        # passes, also while it waits for flow control, and the iterator is closed (the request aborted) at once.
-        request_id = self.service.new_request_id("grpc")
-        outputs = self.service.generate(
-            token_ids,
-            params,
-            request_id=request_id,
-            priority=request.priority,
-            timeout=context.time_remaining(),
-            cache_salt=request.cache_salt,
-            prompt_param=prompt_param,
-        )
-        tokenizer = self.service.engine.tokenizer
-        async with aclosing(outputs):
-            async for output in outputs:
-                await context.write(convert.chunk_from(output, request_id, self.service.model_name, tokenizer))
-                if output.error is not None:
-                    raise output.error
-
-    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse | None:
-        """Token ids of a text."""
-        async with errors_as_status(context):
-            self.service.check_model(request.model)
-            add_special_tokens = _or_true(request, "add_special_tokens")
-            token_ids = await self.service.tokenize(
-                request.text, add_special_tokens=add_special_tokens, param="text"
-            )
-            return pb.TokenizeResponse(token_ids=token_ids, max_model_len=self.service.engine.max_model_len)
-        return None
-
-    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse | None:
-        """Text of token ids."""
-        async with errors_as_status(context):
-            self.service.check_model(request.model)
-            text = await self.service.detokenize(
-                request.token_ids, skip_special_tokens=request.skip_special_tokens, param="token_ids"
-            )
-            return pb.DetokenizeResponse(text=text)
-        return None
-
-    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
-        """The one model there is."""
-        model = pb.Model(
-            name=self.service.model_name,
-            max_model_len=self.service.engine.max_model_len,
-            created=self.service.created,
-        )
-        return pb.ListModelsResponse(models=[model])
-
-    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
-        """Queue lengths and KV use."""
-        stats = self.service.stats()
-        return pb.GetStatusResponse(
-            state=convert.ENGINE_STATES[stats.state],
-            version=servd.__version__,
-            requests_running=stats.running,
-            requests_waiting=stats.waiting,
-            kv_blocks_used=stats.kv_blocks_used,
-            kv_blocks_cached=stats.kv_blocks_cached,
-            kv_blocks_free=stats.kv_blocks_free,
-            block_size=stats.block_size,
-        )
-
-
-def _or_true(request: Any, field: str) -> bool:
-    value: bool = getattr(request, field)
-    return value if request.HasField(field) else True
-
-
-class ApiKeyInterceptor(grpc.aio.ServerInterceptor):
-    """Lets a call pass if its metadata carry the key: `authorization: Bearer KEY` or `x-api-key: KEY`."""
-
-    def __init__(self, api_key: str) -> None:
-        self._api_key = api_key.encode()
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """The method's own handler, or one that refuses. Health stays open: probes carry no key."""
-        if handler_call_details.method.startswith(HEALTH_METHODS) or self._has_key(handler_call_details):
-            return await continuation(handler_call_details)
-        return grpc.unary_unary_rpc_method_handler(_refuse)
-
-    def _has_key(self, details: grpc.HandlerCallDetails) -> bool:
-        for key, value in details.invocation_metadata:
-            text = value if isinstance(value, str) else value.decode("latin-1")
-            scheme, _, token = ("Bearer", "", text) if key == "x-api-key" else text.partition(" ")
-            known = key in ("authorization", "x-api-key") and scheme.lower() == "bearer"
-            if known and hmac.compare_digest(token.encode(), self._api_key):
-                return True
-        return False
-
-
-async def _refuse(request: bytes, context: Context) -> None:
-    await abort_with(
-        context, AuthenticationError("no valid API key; send metadata authorization: Bearer KEY or x-api-key: KEY")
-    )
+_LIMITS = (
+    ("grpc.so_reuseport", 0),  # or a second server would silently share the port
+    ("grpc.max_concurrent_streams", 1024),  # a connection; more calls wait in the client
+    ("grpc.max_metadata_size", 16 << 10),  # bytes
+    ("grpc.max_send_message_length", 64 << 20),  # bytes
+    # A peer that is gone, or no longer reads its socket, is noticed.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Clients may keep connections alive themselves; who pings without measure is sent away (ENHANCE_YOUR_CALM).
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 3),
+)
 
 
 class GrpcServer:
     """A listening server and the task that keeps its health service up to date."""
 
-    def __init__(self, service: InferenceService, config: ServerConfig) -> None:
+    def __init__(
+        self, service: InferenceService, config: ServerConfig, keys: KeyRing, *, write_timeout: float
+    ) -> None:
         self.service = service
         self._server = grpc.aio.server(
-            interceptors=[ApiKeyInterceptor(config.api_key)] if config.api_key else [],
-            options=[
-                ("grpc.max_receive_message_length", config.max_body_bytes),
-                ("grpc.so_reuseport", 0),  # or a second server would silently share the port
-            ],
+            interceptors=[Gate(keys)],
+            options=[*_LIMITS, ("grpc.max_receive_message_length", config.max_body_bytes)],
         )
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
-        pb_grpc.add_InferenceServicer_to_server(InferenceServicer(service), self._server)
+        pb_grpc.add_InferenceServicer_to_server(InferenceServicer(service, write_timeout), self._server)
+        kserve_grpc.add_GRPCInferenceServiceServicer_to_server(KServeServicer(service, write_timeout), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE_NAME, KSERVE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
-        self.port = _listen(self._server, config.host, config.grpc_port)
+        self.port = _listen(self._server, config.host, config.grpc_port, TlsFiles.of(config))
 
     async def start(self) -> None:
         """Take calls."""
@@ -225,25 +95,36 @@ class GrpcServer:
     async def _set_health(self) -> None:
         ready = self.service.engine.state == "ready"
         serving = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", SERVICE_NAME):
+        for name in ("", SERVICE_NAME, KSERVE_NAME):
             await self._health.set(name, serving)
 
 
-def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
+def _listen(server: grpc.aio.Server, host: str, port: int, tls: TlsFiles | None) -> int:
     """Bind; returns the port. Raises ConfigError with the system's reason."""
     # grpc says only "failed to bind", after log lines of its own; the system says why.
     check_listenable(host, port, "--grpc-port")
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        return server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        if tls is not None:
+            return server.add_secure_port(address, server_credentials(tls))
+        return server.add_insecure_port(address)
     except RuntimeError as error:
         raise ConfigError(f"--grpc-port is {port}: cannot listen on {host}:{port}: {error}") from None
 
 
-async def start_grpc(service: InferenceService, config: ServerConfig) -> tuple[GrpcServer, int]:
+async def start_grpc(
+    service: InferenceService,
+    config: ServerConfig,
+    *,
+    keys: KeyRing | None = None,
+    write_timeout: float = WRITE_SECONDS,
+) -> tuple[GrpcServer, int]:
     """Start the gRPC front on `config.host:config.grpc_port` (0: a free port); the server and its port.
 
-    Raises ConfigError if it cannot listen there. The engine need not be ready: calls get UNAVAILABLE until it is.
+    `keys`: those of the config unless given. `write_timeout` in seconds. Raises ConfigError if it cannot listen there.
+    The engine need not be ready: calls get UNAVAILABLE until it is.
     """
-    server = GrpcServer(service, config)
+    keys = KeyRing.of(config) if keys is None else keys
+    server = GrpcServer(service, config, keys, write_timeout=write_timeout)
     await server.start()
     return server, server.port

@@ -33,8 +33,11 @@ ERROR_DOMAIN = "servd"
 MAX_MESSAGE_BYTES = 1000
 
 
-def error_details(error: ServdError) -> bytes:
-    """A serialized google.rpc.Status: ErrorInfo always, BadRequest for a field, RetryInfo for an overload."""
+def error_details(error: ServdError, sampling_field: str = "sampling_params") -> bytes:
+    """A serialized google.rpc.Status: ErrorInfo always, BadRequest for a field, RetryInfo for an overload.
+
+    `sampling_field`: the request's field that holds the sampling parameters, "" if none does.
+    """
     code: grpc.StatusCode = grpc.StatusCode[error.grpc_code]
     message = status_message(error)
     status = status_pb2.Status(code=code.value[0], message=message)
@@ -42,7 +45,7 @@ def error_details(error: ServdError) -> bytes:
     details = [info]
     if isinstance(error, InvalidRequestError) and error.param is not None:
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=_shortened(_field_path(error.param)), description=message
+            field=_shortened(_field_path(error.param, sampling_field)), description=message
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, OverloadedError):
@@ -66,23 +69,23 @@ def _shortened(text: str) -> str:
     return text.encode(errors="replace")[:MAX_MESSAGE_BYTES].decode(errors="ignore")
 
 
-def _field_path(param: str) -> str:
-    return f"sampling_params.{param}" if param in SamplingParams.__struct_fields__ else param
+def _field_path(param: str, sampling_field: str) -> str:
+    return f"{sampling_field}.{param}" if sampling_field and param in SamplingParams.__struct_fields__ else param
 
 
-async def abort_with(context: Context, error: ServdError) -> None:
+async def abort_with(context: Context, error: ServdError, sampling_field: str = "sampling_params") -> None:
     """End the call with the error's status. Raises grpc's AbortError, which the server expects."""
-    trailer = ((DETAILS_KEY, error_details(error)),)
+    trailer = ((DETAILS_KEY, error_details(error, sampling_field)),)
     await context.abort(grpc.StatusCode[error.grpc_code], status_message(error), trailer)
 
 
 @asynccontextmanager
-async def errors_as_status(context: Context) -> AsyncIterator[None]:
+async def errors_as_status(context: Context, sampling_field: str = "sampling_params") -> AsyncIterator[None]:
     """What the block raises ends the call with its status; what was not raised on purpose is logged and hidden."""
     try:
         yield
     except ServdError as error:
-        await abort_with(context, error)
+        await abort_with(context, error, sampling_field)
     except Exception:
         logger.exception("unexpected error in a gRPC call")
         await abort_with(context, RequestFailedError("internal error; the server's log has the details"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from itertools import accumulate
 from typing import TypeVar
 
 import msgspec
@@ -18,12 +19,17 @@ from servd.errors import DeadlineExceededError, InvalidRequestError, PayloadTooL
 
 T = TypeVar("T")
 
+_QUICK_BYTES = 1 << 18  # scanned in a millisecond or two
 _MAX_SCAN_BYTES = 1 << 20  # look for the key before a syntax error in no more than this
 
 _WRONG_TYPE = re.compile(r"Expected `(?P<wanted>[^`]*)`, got `(?P<got>[^`]*)`")
 _PATH = re.compile(r" - at `(?P<key>key` in `)?\$\.?(?P<path>[^`]*)`$")
 _BYTE = re.compile(r"\(byte (\d+)\)$")
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[{}\[\]:,]', re.DOTALL)  # possessive: linear also where a string has no end
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # linear also where a string has no end
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # one level down, one up
+_SLICE = 4096  # too deep a body is noticed within so many brackets
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _LITERAL = re.compile(rb"[^\s,\]}]{1,40}")
 _NOT_FINITE = re.compile(rb"-?(nan|inf)", re.IGNORECASE)
 _TYPE_NAMES = {
@@ -47,20 +53,60 @@ async def read_body(request: web.Request) -> bytes:
             raise UnsupportedEncodingError(
                 f"header Content-Encoding is {encoding[:100]!r}; allowed: identity, a body that is not compressed"
             )
-    limit = request.app[SERVER_CONFIG].max_body_bytes
+    config = request.app[SERVER_CONFIG]
+    limit = config.max_body_bytes
     too_large = PayloadTooLargeError(f"the body is too large; allowed: at most {limit} bytes")
     if request.content_length is not None and request.content_length > limit:
         raise too_large
     seconds = request.app[BODY_TIMEOUT]
     try:
         async with asyncio.timeout(seconds):
-            return await request.read()
+            if request.content_length is None:
+                body = await _read_chunks(request, limit, config.max_body_chunks)
+            else:
+                body = await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise too_large from None
     except TimeoutError:
         raise DeadlineExceededError(f"the body did not arrive within {seconds:g} seconds") from None
     except web.RequestPayloadError:
         raise InvalidRequestError("the body cannot be read: its chunks are broken") from None
+    if len(body) <= _QUICK_BYTES:
+        check_depth(body, config.max_json_depth)
+    else:
+        await asyncio.to_thread(check_depth, body, config.max_json_depth)
+    return body
+
+
+async def _read_chunks(request: web.Request, limit: int, max_chunks: int) -> bytes:
+    """A body of unknown length. Chunks of a byte each would keep the event loop busy for seconds."""
+    body = bytearray()
+    num_chunks = 0
+    async for data, is_end in request.content.iter_chunks():
+        num_chunks += is_end
+        body += data
+        if num_chunks > max_chunks:
+            raise PayloadTooLargeError(f"the body has too many chunks; allowed: at most {max_chunks}")
+        if len(body) > limit:
+            raise web.HTTPRequestEntityTooLarge(limit, len(body))
+    return bytes(body)
+
+
+def check_depth(body: bytes, limit: int) -> None:
+    """Raise InvalidRequestError for JSON nested deeper than `limit`, before anything recurses into it.
+
+    Strings and all but brackets are dropped, and the rest is summed up without a stack. What is not JSON may pass; the
+    parser refuses it.
+    """
+    if body.count(b"[") + body.count(b"{") <= limit:
+        return
+    steps = memoryview(_STRING.sub(b"", body).translate(_STEPS, _NO_BRACKETS)).cast("b")
+    depth = 0
+    for start in range(0, len(steps), _SLICE):
+        depths = list(accumulate(steps[start : start + _SLICE], initial=depth))
+        depth = depths[-1]
+        if max(depths) > limit:
+            raise InvalidRequestError(f"the body is nested too deeply; allowed: {limit} arrays and objects")
 
 
 def decode_body(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:

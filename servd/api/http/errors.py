@@ -41,11 +41,25 @@ class MethodNotAllowedError(ServdError):
 
 
 class BadHTTPError(ServdError):
-    """The bytes on the connection are not HTTP, or break aiohttp's limits of header size and count."""
+    """The bytes on the connection are not HTTP."""
 
     http_status = 400
     type = "invalid_request_error"
     code = "bad_http"
+
+
+class HeadersTooLargeError(BadHTTPError):
+    """A header, or their number, is over the limit: 431."""
+
+    http_status = 431
+    code = "headers_too_large"
+
+
+class UriTooLongError(BadHTTPError):
+    """The request line is over the limit: 414."""
+
+    http_status = 414
+    code = "uri_too_long"
 
 
 class UnsupportedEncodingError(ServdError):
@@ -85,9 +99,10 @@ def error_json(error: ServdError) -> bytes:
     )
 
 
-def error_response(error: ServdError) -> web.Response:
-    """The whole reply: status, headers and body."""
-    response = web.Response(status=error.http_status, body=error_json(error), content_type="application/json")
+def error_response(error: ServdError, body: bytes | None = None) -> web.Response:
+    """The whole reply: status, headers and body; `body`: where the route's dialect has a shape of its own."""
+    body = error_json(error) if body is None else body
+    response = web.Response(status=error.http_status, body=body, content_type="application/json")
     if isinstance(error, OverloadedError):
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if isinstance(error, AuthenticationError):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable
+import math
+from collections.abc import AsyncGenerator
 from types import TracebackType
 
 from aiohttp import web
@@ -86,61 +87,66 @@ async def resume_streams(request: web.Request, handler: Handler) -> web.StreamRe
 
 
 class _Line:
-    """The open reply. As a context manager: begins it, keeps it alive with comments, and ends it properly."""
+    """The open reply. As a context manager: begins it, watches over it, and ends it properly.
+
+    One timer a stream sends comments while nothing else is sent, and cuts off a client that does not read: no event
+    bears the cost of either.
+    """
 
     def __init__(self, request: web.Request) -> None:
         self.response = web.StreamResponse(headers=_HEADERS)
         self._request = request
         self._write_timeout = request.app[WRITE_TIMEOUT]
-        self._interval = request.app[KEEP_ALIVE]
+        self._interval = request.app[KEEP_ALIVE] or math.inf
         self._loop = asyncio.get_running_loop()
-        self._last_write = self._loop.time()
+        self._last_write = self._loop.time()  # when the latest began
+        self._is_writing = False
         self._timer: asyncio.TimerHandle | None = None
         self._comment: asyncio.Task[None] | None = None
 
     async def write(self, data: bytes) -> None:
         """Write; waits while the client is behind, but not for ever. Raises ConnectionError when it is gone."""
         self._last_write = self._loop.time()
-        await self._bounded(self.response.write(data))
-
-    async def _bounded(self, write: Awaitable[None]) -> None:
-        try:
-            async with asyncio.timeout(self._write_timeout):
-                await write
-        except TimeoutError:
-            _log.warning("a client left its stream unread for %g s: cut off", self._write_timeout)
-            _cut_off(self._request)
-            raise ConnectionResetError("the client does not read") from None
+        self._is_writing = True
+        await self.response.write(data)
+        self._is_writing = False
 
     async def __aenter__(self) -> _Line:
         await self.response.prepare(self._request)
-        if self._interval > 0:
-            self._timer = self._loop.call_later(self._interval, self._keep_alive)
+        self._watch()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._comment is not None:
-            self._comment.cancel()
-        if error is None:
-            await self._bounded(self.response.write_eof())
+        try:
+            if error is None:
+                self._last_write = self._loop.time()
+                self._is_writing = True
+                await self.response.write_eof()
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            if self._comment is not None:
+                self._comment.cancel()
 
-    def _keep_alive(self) -> None:
-        """A comment if nothing was sent for an interval: one timer a stream, so that no event bears its cost."""
-        wait = self._last_write + self._interval - self._loop.time()
-        if wait <= 0:
-            wait = self._interval
-            if self._comment is None or self._comment.done():  # else it waits for a client that is behind
-                self._comment = asyncio.create_task(self._write_comment())
-        self._timer = self._loop.call_later(wait, self._keep_alive)
+    def _watch(self) -> None:
+        quiet = self._loop.time() - self._last_write
+        limit = self._write_timeout if self._is_writing else self._interval
+        if quiet >= limit and self._is_writing:
+            _log.warning("a client left its stream unread for %g s: cut off", self._write_timeout)
+            _cut_off(self._request)  # the write fails, and the handler with it
+            return
+        if quiet >= limit:
+            self._comment = asyncio.create_task(self._write_comment())
+            quiet = 0.0
+        # A write may begin at any time, and the interval too.
+        wait = min(limit - quiet, self._write_timeout, self._interval)
+        self._timer = self._loop.call_later(wait, self._watch)
 
     async def _write_comment(self) -> None:
-        self._last_write = self._loop.time()
         try:
-            await self.response.write(_KEEP_ALIVE_COMMENT)
+            await self.write(_KEEP_ALIVE_COMMENT)
         except ConnectionError:
             _log.debug("a client went away while its stream waited")  # the handler hears of it itself
 

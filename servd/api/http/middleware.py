@@ -5,7 +5,6 @@ Knows nothing of bodies. Prompts never reach the log.
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 import logging
 import re
@@ -15,12 +14,14 @@ import uuid
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from servd.api.access import ANONYMOUS
-from servd.api.http.context import ARRIVAL, CALLER, REQUEST_ID, SERVER_CONFIG
+from servd.api.access import ANONYMOUS, set_caller
+from servd.api.http import cors
+from servd.api.http.context import ARRIVAL, CALLER, ERROR_BODIES, KEYS, PUBLIC_ROUTES, REQUEST_ID, SERVER_CONFIG
 from servd.api.http.errors import ForbiddenError, as_servd_error, error_response
-from servd.errors import AuthenticationError
+from servd.api.service import set_call_id
+from servd.errors import ServdError
 
-PUBLIC_ROUTE = "/health"  # probes carry no key
+MAX_OFFERED_KEYS = 4  # each unknown one is compared with all of the file
 CLIENT_CLOSED_REQUEST = 499  # nginx's number for the log line of a client that went away
 
 _REQUEST_ID_SHAPE = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -33,6 +34,7 @@ async def identify_and_log(request: web.Request, handler: Handler) -> web.Stream
     offered = request.headers.get("X-Request-Id", "")
     request[REQUEST_ID] = offered if _REQUEST_ID_SHAPE.fullmatch(offered) else uuid.uuid4().hex
     request[ARRIVAL] = time.monotonic()
+    set_call_id(request[REQUEST_ID])
     status = CLIENT_CLOSED_REQUEST
     try:
         response = await handler(request)
@@ -51,20 +53,33 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     response.headers["Server"] = "servd"
     if REQUEST_ID in request:
         response.headers["X-Request-Id"] = request[REQUEST_ID]
+        if request.path.startswith("/v1/messages"):  # what Anthropic's clients call it
+            response.headers["request-id"] = request[REQUEST_ID]
+    if CALLER in request and (limits := request[CALLER].limits) is not None:
+        response.headers.update(limits.headers())
+    cors.add_headers(request, response)
 
 
 @web.middleware
 async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn what the handler raised into OpenAI's error shape."""
+    """Turn what the handler raised into the error shape of the path's dialect: OpenAI's, unless it has its own."""
     try:
         return await handler(request)
     except Exception as error:
         if isinstance(error, ConnectionError) and client_is_gone(request):
             raise  # nobody is there to answer
-        response = error_response(as_servd_error(error))
+        shown = as_servd_error(error)
+        response = error_response(shown, _dialect_body(request, shown))
         if isinstance(error, web.HTTPMethodNotAllowed):
             response.headers["Allow"] = error.headers["Allow"]
         return response
+
+
+def _dialect_body(request: web.Request, error: ServdError) -> bytes | None:
+    for prefix, body in request.app[ERROR_BODIES].items():
+        if request.path == prefix or request.path.startswith(prefix + "/"):
+            return body(error, request[REQUEST_ID])
+    return None
 
 
 def client_is_gone(request: web.Request) -> bool:
@@ -74,40 +89,53 @@ def client_is_gone(request: web.Request) -> bool:
 
 @web.middleware
 async def check_access(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Demand the API key; where there is none, keep web pages of other sites out of a server meant for this machine."""
-    config = request.app[SERVER_CONFIG]
+    """Demand a key; where there is none, keep web pages of other sites out. Counts calls that make work."""
+    config, keys = request.app[SERVER_CONFIG], request.app[KEYS]
     request[CALLER] = ANONYMOUS
+    if (preflight := cors.preflight(request, config.cors_origin)) is not None:
+        return preflight  # browsers send no key with it; the same for all paths, so it tells nothing
     # Judged by the route that will run, never by a URL that the Host header had a part in.
     resource = request.match_info.route.resource
-    if config.api_key is not None:
-        if resource is None or resource.canonical != PUBLIC_ROUTE:
-            _check_key(request.headers.get("Authorization", ""), config.api_key)
-    elif _is_this_machine(config.host):
-        _check_origin(request)
+    if not keys.is_open:
+        if resource is None or resource.canonical not in request.app[PUBLIC_ROUTES]:
+            caller = request[CALLER] = keys.caller(_offered_keys(request))
+            if caller.limits is not None and request.method == "POST":
+                caller.limits.count_request()
+    elif not cors.is_named(request.headers.get("Origin"), config.cors_origin):
+        _check_origin(request, is_local=_is_this_machine(config.host))
+    set_caller(request[CALLER])
     return await handler(request)
 
 
-def _check_key(authorization: str, api_key: str) -> None:
-    scheme, _, offered = authorization.partition(" ")
-    same = hmac.compare_digest(offered.strip().encode(errors="surrogateescape"), api_key.encode())
-    if scheme.lower() != "bearer" or not same:
-        problem = "is missing" if not authorization else "does not hold a valid key"
-        raise AuthenticationError(f"header Authorization {problem}; needed: Bearer API_KEY")
+def _offered_keys(request: web.Request) -> list[str]:
+    """OpenAI's clients send Authorization: Bearer, Anthropic's x-api-key; some both, one of them a dummy."""
+    offered = []
+    for value in request.headers.getall("Authorization", []):
+        scheme, _, key = value.partition(" ")
+        if scheme.lower() == "bearer":
+            offered.append(key.strip())
+    return (offered + request.headers.getall("x-api-key", []))[:MAX_OFFERED_KEYS]
 
 
-def _check_origin(request: web.Request) -> None:
+def _check_origin(request: web.Request, *, is_local: bool) -> None:
     """Raise ForbiddenError for a page of another site (CSRF), or a name that was rebound to 127.0.0.1."""
-    if not _is_local_name(_host_name(request.headers.get("Host", ""))):
+    host = request.headers.get("Host", "")
+    if is_local and not _is_local_name(_host_name(host)):
         raise ForbiddenError("header Host names another machine; allowed without an API key: localhost, an address")
     origin = request.headers.get("Origin")
-    if origin is not None and _is_foreign_page(origin):
-        raise ForbiddenError("header Origin names another site; allowed without an API key: localhost")
+    if origin is not None and _is_foreign_page(origin, own="" if is_local else host):
+        raise ForbiddenError(
+            "header Origin names another site; allowed without an API key: this server, localhost, --cors-origin"
+        )
 
 
-def _is_foreign_page(origin: str) -> bool:
+def _is_foreign_page(origin: str, own: str) -> bool:
     scheme, _, host = origin.partition("://")
-    # 'null' is what sandboxed frames send; schemes other than http belong to desktop applications.
-    return origin == "null" or (scheme.lower() in ("http", "https") and not _is_local_name(_host_name(host)))
+    if origin == "null":  # what sandboxed frames send
+        return True
+    if scheme.lower() not in ("http", "https"):  # desktop applications
+        return False
+    return host.lower() != own.lower() and not _is_local_name(_host_name(host))
 
 
 def _host_name(host: str) -> str:

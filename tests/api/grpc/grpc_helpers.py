@@ -45,12 +45,15 @@ async def served(
     folder: Path,
     *,
     server_config: ServerConfig | None = None,
+    write_timeout: float = 60.0,
     **fake_options: Any,
 ) -> AsyncIterator[Served]:
     """A listening server on a free port and a connected client."""
     config = server_config or ServerConfig(grpc_port=0)
     async with FakeEngine(folder, **fake_options) as fake:
-        server, port = await start_grpc(InferenceService(fake.engine, MODEL), config)
+        server, port = await start_grpc(
+            InferenceService(fake.engine, MODEL), config, write_timeout=write_timeout
+        )
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
                 yield Served(fake, server, channel, pb_grpc.InferenceStub(channel))  # type: ignore[no-untyped-call]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import servd
 from servd.api.grpc._pb.servd.v1 import inference_pb2 as pb
-from servd.api.grpc.convert import sampling_params_from
+from servd.api.grpc.convert import sampling_params_from, with_guidance
+from servd.engine import guidance
 from servd.sampling_params import SamplingParams
 from tests.api.grpc.grpc_helpers import MODEL, run, served, text_of
 
+INTERNAL = {"guidance", "pooling", "shown_special_token_ids"}  # fields that other fields of a request become
 REPLIES = {"capital": "Paris – 🗼!", "story": "Once. STOP here", "assistant:": "I am fine."}
 
 
@@ -169,15 +173,30 @@ def test_every_sampling_field_reaches_the_engine() -> None:
         n=2, max_tokens=3, min_tokens=1, temperature=0.3, top_p=0.7, top_k=5, min_p=0.1, presence_penalty=0.5,
         frequency_penalty=-0.5, repetition_penalty=1.1, logit_bias={7: -1.5}, stop=["a"], stop_token_ids=[9],
         include_stop_str_in_output=True, ignore_eos=True, seed=-4, logprobs=0, prompt_logprobs=2,
-        skip_special_tokens=False,
+        skip_special_tokens=False, allowed_token_ids=[3, 5], bad_words=["b"],
     )  # fmt: skip
-    assert {field.name for field, _ in message.ListFields()} == set(SamplingParams.__struct_fields__)
+    assert {field.name for field, _ in message.ListFields()} == set(SamplingParams.__struct_fields__) - INTERNAL
     assert sampling_params_from(message, {"max_tokens": 16}) == SamplingParams(
         n=2, max_tokens=3, min_tokens=1, temperature=0.3, top_p=0.7, top_k=5, min_p=0.1, presence_penalty=0.5,
         frequency_penalty=-0.5, repetition_penalty=1.1, logit_bias={7: -1.5}, stop=("a",), stop_token_ids=(9,),
         include_stop_str_in_output=True, ignore_eos=True, seed=-4, logprobs=0, prompt_logprobs=2,
-        skip_special_tokens=False,
+        skip_special_tokens=False, allowed_token_ids=(3, 5), bad_words=("b",),
     )  # fmt: skip
+
+
+GUIDANCE: dict[str, tuple[dict[str, Any], str]] = {
+    "json_schema": ({"json_schema": '{"type": "object"}'}, guidance.from_json_schema({"type": "object"})),
+    "regex": ({"regex": "a+"}, guidance.from_regex("a+")),
+    "choice": ({"choice": pb.Choice(texts=["a", "b"])}, guidance.from_choice(["a", "b"])),
+    "grammar": ({"grammar": 'start: "a"'}, guidance.from_lark('start: "a"')),
+    "json_object": ({"json_object": True}, guidance.from_json_schema(guidance.ANY_JSON_OBJECT)),
+}
+
+
+@pytest.mark.parametrize("kind", GUIDANCE)
+def test_each_kind_of_guidance_becomes_a_grammar(kind: str) -> None:
+    fields, grammar = GUIDANCE[kind]
+    assert with_guidance(SamplingParams(), pb.SamplingParams(**fields)).guidance == grammar
 
 
 def test_unset_sampling_fields_keep_their_defaults() -> None:
@@ -188,11 +207,35 @@ def test_unset_sampling_fields_keep_their_defaults() -> None:
 
 def test_every_proto_field_is_commented() -> None:
     root = Path(__file__).resolve().parents[3]
-    for path in (root / "proto").rglob("*.proto"):
+    files = list((root / "proto").rglob("*.proto"))
+    assert len(files) == 2
+    for path in files:
         lines = [line.strip() for line in path.read_text().splitlines()]
         bare = [
-            lines[i] for i in range(1, len(lines))
-            if " = " in lines[i] and lines[i].endswith(";") and not lines[i].startswith(("//", "syntax", "option"))
-            and not lines[i - 1].startswith("//")
+            line for before, line in pairwise(lines)
+            if (" = " in line and line.endswith(";") or line.startswith(("rpc ", "oneof ")))
+            and not line.startswith(("//", "syntax", "option")) and not before.startswith("//")
         ]  # fmt: skip
         assert [line for line in bare if not line.endswith("UNSPECIFIED = 0;")] == [], path
+
+
+NUMBERS = ("int32", "int64", "uint32", "uint64", "sint32", "sint64", "float", "double")
+# Words that tell of a number what it counts, in what unit, or between what it lies.
+UNITS = (
+    "token", "seconds", "bytes", "blocks", "logarithm", "place", "which", "index", "request", "answers", "numbers",
+    "text", " to ", "datatype", "dimensions", "number", "steps", "nanoseconds", "events", "vector", "beams",
+)  # fmt: skip
+
+
+def test_every_number_has_a_unit_or_a_range() -> None:
+    root = Path(__file__).resolve().parents[3]
+    for path in (root / "proto").rglob("*.proto"):
+        comment = ""
+        for line in (line.strip() for line in path.read_text().splitlines()):
+            if line.startswith("//"):
+                comment += line + " "
+                continue
+            kind = line.removeprefix("optional ").removeprefix("repeated ").split(" ")[0]
+            if kind in NUMBERS and line.endswith(";"):
+                assert any(unit in comment.lower() for unit in UNITS), f"{path.name}: {line} {comment}"
+            comment = ""

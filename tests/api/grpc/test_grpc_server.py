@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from servd.api.grpc._pb.servd.v1 import inference_pb2 as pb
-from servd.api.grpc.server import SERVICE_NAME, start_grpc
+from servd.api.grpc.server import KSERVE_NAME, SERVICE_NAME, start_grpc
 from servd.config import ServerConfig
 from servd.errors import ConfigError
 from tests.api.grpc.grpc_helpers import Served, error_of, run, served, text_of
@@ -29,7 +29,7 @@ async def health_of(s: Served, service: str) -> int:
     return int(reply.status)
 
 
-@pytest.mark.parametrize("service", ["", SERVICE_NAME])
+@pytest.mark.parametrize("service", ["", SERVICE_NAME, KSERVE_NAME])
 def test_health_follows_the_engine(service: str, tmp_path: Path) -> None:
     async def test() -> None:
         async with served(tmp_path) as s:
@@ -80,7 +80,8 @@ def test_reflection_describes_the_service(tmp_path: Path) -> None:
         async with served(tmp_path) as s:
             listed = await reflect(s, list_services="")
             names = {service.name for service in listed.list_services_response.service}
-            assert names >= {SERVICE_NAME, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+            standard = {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+            assert names >= {SERVICE_NAME, KSERVE_NAME} | standard
             found = await reflect(s, file_containing_symbol=SERVICE_NAME)
             files = [
                 descriptor_pb2.FileDescriptorProto.FromString(data)
@@ -89,7 +90,8 @@ def test_reflection_describes_the_service(tmp_path: Path) -> None:
             (proto,) = (file for file in files if file.package == "servd.v1")
             assert proto.name == "servd/v1/inference.proto"
             assert {method.name for method in proto.service[0].method} == {
-                "Generate", "Chat", "Tokenize", "Detokenize", "ListModels", "GetStatus"
+                "Generate", "Chat", "Abort", "Embed", "CreatePrefix", "ListPrefixes", "GetPrefix", "DeletePrefix",
+                "GetRequestRecord", "ListRequestRecords", "Tokenize", "Detokenize", "ListModels", "GetStatus",
             }  # fmt: skip
 
     run(test)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from servd.engine import guidance
 from servd.sampling_params import SamplingParams
 from tests.api.http.serving import COMPLETIONS, Served, serve
 from tests.api.http.test_completions import REPLIES, ask, completion
@@ -163,29 +164,28 @@ def test_prompt_logprobs_alone_are_streamed(tmp_path: Path) -> None:
 # -- what reaches the worker ---------------------------------------------------------------------------------------
 
 
+STRING: dict[str, Any] = {"type": "string"}
+
+
 @pytest.mark.parametrize(
     ("fields", "grammar"),
     [
-        ({"guided_regex": "[a-z]+"}, {"lark_grammar": "start: /[a-z]+/"}),
-        ({"structured_outputs": {"regex": "[a-z]+"}}, {"lark_grammar": "start: /[a-z]+/"}),
-        ({"guided_choice": ["a", "b"]}, {"lark_grammar": 'start: "a" | "b"'}),
-        ({"structured_outputs": {"choice": ["a", "b"]}}, {"lark_grammar": 'start: "a" | "b"'}),
-        ({"guided_json": {"type": "string"}}, {"json_schema": {"type": "string"}}),
-        ({"guided_json": '{"type": "string"}'}, {"json_schema": {"type": "string"}}),
-        ({"structured_outputs": {"json": {"type": "string"}}}, {"json_schema": {"type": "string"}}),
-        ({"guided_grammar": 'start: "x"'}, {"lark_grammar": 'start: "x"'}),
-        ({"response_format": {"type": "json_object"}}, {"json_schema": {"type": "object"}}),
-        ({"structured_outputs": {"json_object": True}}, {"json_schema": {"type": "object"}}),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "null"}}}},
-         {"json_schema": {"type": "null"}}),
+        ({"guided_regex": "[a-z]+"}, guidance.from_regex("[a-z]+")),
+        ({"structured_outputs": {"regex": "[a-z]+"}}, guidance.from_regex("[a-z]+")),
+        ({"guided_choice": ["a", "b"]}, guidance.from_choice(["a", "b"])),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, guidance.from_choice(["a", "b"])),
+        ({"guided_json": STRING}, guidance.from_json_schema(STRING)),
+        ({"guided_json": json.dumps(STRING)}, guidance.from_json_schema(STRING)),
+        ({"structured_outputs": {"json": STRING}}, guidance.from_json_schema(STRING)),
+        ({"guided_grammar": 'start: "x"'}, guidance.from_lark('start: "x"')),
+        ({"response_format": {"type": "json_object"}}, guidance.from_json_schema(guidance.ANY_JSON_OBJECT)),
+        ({"structured_outputs": {"json_object": True}}, guidance.from_json_schema(guidance.ANY_JSON_OBJECT)),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": STRING}}},
+         guidance.from_json_schema(STRING)),
     ],
 )  # fmt: skip
-def test_each_spelling_of_a_form_becomes_a_grammar(
-    tmp_path: Path, fields: dict[str, Any], grammar: dict[str, Any]
-) -> None:
-    params = worker_params(tmp_path, {"prompt": "greet"} | fields)
-    assert params.guidance is not None
-    assert json.loads(params.guidance)["grammars"] == [grammar]
+def test_each_spelling_of_a_form_becomes_a_grammar(tmp_path: Path, fields: dict[str, Any], grammar: str) -> None:
+    assert worker_params(tmp_path, {"prompt": "greet"} | fields).guidance == grammar
 
 
 def test_free_text_has_no_grammar(tmp_path: Path) -> None:
@@ -243,6 +243,9 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"guided_json": "{"}, "guided_json", "guided_json"),
     ({"guided_json": "[]"}, "guided_json", "guided_json"),
     ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "one form of the answer"),
+    ({"guided_regex": "(["}, "guided_regex", "guided_regex"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "strange"}}}},
+     "response_format", "response_format"),
     ({"guided_regex": 5}, "guided_regex", "an integer"),
     ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag", "not a field"),
     ({"response_format": {"type": "xml"}}, "response_format.type", '"xml"; allowed: text, json_object, json_schema'),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import io
 import json
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from servd.api.http.decode import check_depth
 from servd.api.service import MAX_DETOKENIZE_TOKENS, MAX_TOKENIZE_CHARS
 from servd.config import ServerConfig
+from servd.errors import InvalidRequestError
 from tests.api.http.serving import CHAT, COMPLETIONS, serve
 from tests.fakes import ByteTokenizer
 
@@ -161,7 +164,6 @@ def test_a_body_that_does_not_arrive_is_408(tmp_path: Path) -> None:
 
 
 def test_bytes_that_are_not_http_get_json(tmp_path: Path) -> None:
-    large = b"x" * 100_000
     heads = {
         "negative length": HEAD + b"Content-Length: -5\r\n\r\n",
         "length that is no number": HEAD + b"Content-Length: five\r\n\r\n",
@@ -170,9 +172,6 @@ def test_bytes_that_are_not_http_get_json(tmp_path: Path) -> None:
         "bad chunk size": HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
         "no method": b"hello there\r\n\r\n",
         "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(50) + b"\r\n\r\n",
-        "large header": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + large + b"\r\n\r\n",
-        "large path": b"GET /" + large + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        "many headers": b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 10_000 + b"\r\n",
         "header without colon": b"GET /health HTTP/1.1\r\nHost localhost\r\n\r\n",
         "bare line feeds": b"GET /health HTTP/1.1\nHost: localhost\n\n",
         "folded header": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\r\n b\r\n\r\n",
@@ -208,3 +207,68 @@ def test_small_writes_are_not_delayed(tmp_path: Path, monkeypatch: pytest.Monkey
 
     asyncio.run(main())
     assert set(options) == {1}
+
+
+def test_heads_over_a_limit_have_their_own_status(tmp_path: Path) -> None:
+    config = ServerConfig(port=0, max_request_line=1000, max_header_bytes=2000, max_headers=20)
+    get = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    heads = {
+        "path": (b"GET /" + b"x" * 1100 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", b"414", "allowed: 1000 bytes"),
+        "query": (b"GET /health?" + b"x" * 10**5 + b" HTTP/1.1\r\n\r\n", b"414", "allowed: 1000 bytes"),
+        "value": (get + b"X: " + b"x" * 2100 + b"\r\n\r\n", b"431", "allowed: 2000 bytes"),
+        "name": (get + b"x" * 2100 + b": y\r\n\r\n", b"431", "allowed: 2000 bytes"),
+        "value without end": (get + b"X: " + b"x" * 100_000, b"431", "allowed: 2000 bytes"),
+        "number": (get + b"X: y\r\n" * 10_000 + b"\r\n", b"431", "allowed: 20"),
+    }
+
+    async def main() -> None:
+        async with serve(tmp_path, server=config) as server:
+            for name, (data, status, text) in heads.items():
+                head, _, body = (await server.raw(data)).partition(b"\r\n\r\n")
+                assert head.split(b" ")[1] == status, (name, head)
+                assert text in json.loads(body)["error"]["message"], (name, body)
+            with contextlib.suppress(ConnectionError):  # closed while the rest was still on its way
+                assert b" 431 " in await server.raw(get + b"X: " + b"x" * 5_000_000)
+            fits = get + b"".join(b"X-%d: %b\r\n" % (i, b"y" * 1900) for i in range(15)) + b"\r\n"
+            assert (await server.raw(fits)).startswith(b"HTTP/1.1 200")
+
+    asyncio.run(main())
+
+
+def test_bodies_in_too_many_chunks_are_413_before_their_end(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path, server=ServerConfig(port=0, max_body_chunks=1000)) as server:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 1001)
+            async with asyncio.timeout(5):
+                assert (await reader.readline()).startswith(b"HTTP/1.1 413")
+            writer.close()
+            head = HEAD + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+            body = b'{"prompt": "x"}'
+            tiny = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"1\r\n \r\n" * (1000 - len(body)) + b"0\r\n\r\n"
+            assert (await server.raw(head + tiny)).startswith(b"HTTP/1.1 200")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
+def test_depth_of_json_is_bounded(opening: str, closing: str) -> None:
+    for depth, inner in ((10, "1"), (10, '"[{[{"'), (10, '"\\\\\\"[{"'), (9, "{}"), (9, '[], "]"')):
+        body = opening * depth + inner + closing * depth
+        check_depth(body.encode(), 10)
+        with pytest.raises(InvalidRequestError, match="nested too deeply; allowed: 10"):
+            check_depth(f"[{body}]".encode(), 10)
+    check_depth(f"[{','.join([opening + '1' + closing] * 10_000)}]".encode(), 2)
+    with pytest.raises(InvalidRequestError):
+        check_depth((opening * 100_000).encode(), 10)
+
+
+def test_a_body_that_is_too_deep_is_400(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path, server=ServerConfig(port=0, max_json_depth=10)) as server:
+            for depth, refused in ((9, False), (10, True), (100_000, True)):
+                reply = await server.post(CHAT, b'{"messages": %b%b}' % (b"[" * depth, b"]" * depth))
+                assert reply.status == 400
+                assert ("nested too deeply" in reply.error()["message"]) == refused
+
+    asyncio.run(main())

@@ -22,6 +22,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.manager = KVCacheManager(NUM_BLOCKS, BLOCK)
         self.memory: dict[int, list] = {i: [None] * BLOCK for i in range(NUM_BLOCKS)}
         self.live: dict[str, tuple[Request, int]] = {}  # request and its computed tokens
+        self.pins: dict[str, Request] = {}  # whose prompts must stay findable
         self.count = 0
 
     def compute(self, request: Request, computed: int, num_new: int) -> bool:
@@ -97,6 +98,29 @@ class CacheMachine(RuleBasedStateMachine):
         request, _ = self.live.pop(data.draw(st.sampled_from(sorted(self.live))))
         self.manager.free(request)
 
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def pin(self, data):
+        request, computed = self.live[data.draw(st.sampled_from(sorted(self.live)))]
+        if computed == request.num_tokens and not request.output_token_ids:
+            self.count += 1
+            self.pins[f"p{self.count}"] = request
+            self.manager.pin(f"p{self.count}", request)
+
+    @precondition(lambda self: self.pins)
+    @rule(data=st.data())
+    def unpin(self, data):
+        name = data.draw(st.sampled_from(sorted(self.pins)))
+        del self.pins[name]
+        self.manager.unpin(name)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def fail(self, data):
+        request, _ = self.live.pop(data.draw(st.sampled_from(sorted(self.live))))
+        self.manager.forget_computed(request)
+        self.manager.free(request)
+
     @rule()
     def evict(self):
         free = self.manager.pool.num_free
@@ -111,7 +135,20 @@ class CacheMachine(RuleBasedStateMachine):
                 held = self.memory[table[position // BLOCK]][position % BLOCK]
                 assert held == tuple(tokens[: position + 1]), f"{request} reads {held} at {position}"
 
+        for request in self.pins.values():
+            probe = Request("probe", [*request.prompt_token_ids, 1], SamplingParams(), max_model_len=500,
+                            cache_salt=request.cache_salt)  # fmt: skip
+            found = self.manager.attach_cached_prefix(probe)
+            assert found >= request.num_prompt_tokens // BLOCK * BLOCK, f"{request} is pinned, {found} are found"
+            table = self.manager.block_ids(probe)
+            for position in range(found):
+                held = self.memory[table[position // BLOCK]][position % BLOCK]
+                assert held == tuple(probe.prompt_token_ids[: position + 1]), f"a pin reads {held} at {position}"
+            self.manager.free(probe)
+
     def teardown(self):
+        for name in self.pins:
+            self.manager.unpin(name)
         for request, _ in self.live.values():
             self.manager.free(request)
         self.manager.check_integrity()

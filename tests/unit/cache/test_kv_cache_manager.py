@@ -142,3 +142,67 @@ def test_a_lost_cache_finds_nothing(manager):
     manager.free(request)
     manager.forget_cached()
     assert manager.attach_cached_prefix(make_request("b", list(range(9)))) == 0
+
+
+def test_a_pin_holds_full_blocks_that_stay_findable(manager):
+    first = make_request("a", list(range(10)))
+    run_prefill(manager, first)
+    manager.pin("p", first)
+    manager.free(first)
+    assert (manager.num_pinned, manager.pool.num_free) == (2, 6)
+    run_prefill(manager, make_request("big", list(range(100, 100 + 6 * BLOCK))))  # all that is free
+    again = make_request("b", list(range(10)))
+    assert manager.attach_cached_prefix(again) == 8
+    assert manager.block_ids(again) == [1, 2]
+
+
+def test_blocks_of_two_pins_are_free_when_both_are_gone(manager):
+    first, second = make_request("a", list(range(8))), make_request("b", [*range(4), 9, 9, 9, 9])
+    for request, name in ((first, "p"), (second, "q")):
+        run_prefill(manager, request)
+        manager.pin(name, request)
+        manager.free(request)
+    assert manager.num_pinned == 3  # the first block is shared
+    manager.unpin("p")
+    assert (manager.num_pinned, manager.pool.num_free) == (2, 6)
+    manager.unpin("q")
+    manager.unpin("q")
+    assert (manager.num_pinned, manager.pool.num_free) == (0, 8)
+
+
+def test_a_pin_takes_the_older_block_of_equal_content(manager):
+    first, second = make_request("a", list(range(8))), make_request("b", list(range(8)))
+    for request in (first, second):  # both computed all of it at the same time
+        manager.attach_cached_prefix(request)
+        manager.allocate_slots(request, 0, 8)
+    manager.cache_full_blocks(first, 8)
+    manager.cache_full_blocks(second, 8)
+    manager.pin("p", second)
+    manager.free(second)
+    manager.free(first)
+    again = make_request("c", list(range(9)))
+    assert manager.attach_cached_prefix(again) == 8
+    assert manager.block_ids(again) == [1, 2]
+
+
+def test_pins_go_with_the_content_of_the_blocks(manager):
+    lost = []
+    manager.on_pins_lost = lambda: lost.append(manager.num_pinned)
+    manager.forget_cached()
+    assert lost == []  # there was none
+    request = make_request("a", list(range(8)))
+    run_prefill(manager, request)
+    manager.pin("p", request)
+    manager.free(request)
+    manager.forget_cached()
+    assert lost == [0] and not manager.is_pinned("p")
+    manager.resize(5)
+
+
+def test_what_a_failed_request_computed_is_not_found_but_what_it_found_is(manager):
+    run_prefill(manager, make_request("good", list(range(8))))
+    bad = make_request("bad", list(range(16)))
+    assert run_prefill(manager, bad) == 8
+    manager.forget_computed(bad)
+    manager.free(bad)
+    assert manager.attach_cached_prefix(make_request("c", list(range(16)))) == 8

@@ -115,6 +115,13 @@ def test_a_wrong_flag_is_named(argv: list[str], expected: str) -> None:
         (["--kv-cache-memory", "0"], "--kv-cache-memory is 0"),
         (["--gpu-memory-utilization", "nan"], "--gpu-memory-utilization is nan"),
         (["--threads", "0"], "--threads is 0"),
+        (["--step-timeout", "-1"], "--step-timeout is -1.0; allowed: 0 (never) or more"),
+        (["--max-body-bytes", "1"], "--max-body-bytes is 1; allowed: 1024 to"),
+        (["--max-body-chunks", "0"], "--max-body-chunks is 0"),
+        (["--max-json-depth", "1000"], "--max-json-depth is 1000; allowed: 8 to 512"),
+        (["--max-request-line", "10"], "--max-request-line is 10"),
+        (["--max-header-bytes", "10"], "--max-header-bytes is 10"),
+        (["--max-headers", "1"], "--max-headers is 1; allowed: 10 to"),
     ],
 )
 def test_a_value_out_of_range_is_named(argv: list[str], expected: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -23,7 +24,7 @@ from servd.cli.serve import check_addresses, ready_lines
 from servd.config import ServerConfig
 from servd.errors import ConfigError
 
-COMMANDS = ["bench", "chat", "eval", "generate", "kv-probe", "pull", "serve"]
+COMMANDS = ["bench", "chat", "eval", "generate", "keys", "kv-probe", "pull", "serve"]
 
 
 @pytest.fixture
@@ -68,6 +69,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "--grpc-port", "-2"], "--grpc-port is -2"),
         (["serve", "--port", "8123", "--grpc-port", "8123"], "--grpc-port is 8123"),
         (["serve", "--host", "203.0.113.1", "--api-key", "k"], "203.0.113.1"),
+        (["serve", "--port", "0", "--grpc-port", "-1", "--api-keys-file", "/none"], "--api-keys-file /none"),
+        (["serve", "--port", "0", "--grpc-port", "-1", "--cors-origin", "a.example"], "--cors-origin is 'a.example'"),
+        (["serve", "--port", "0", "--grpc-port", "-1", "--host", "0.0.0.0"], "--insecure-no-auth"),
         (["pull"], "which model?"),
         (["pull", "gpt-5"], "'gpt-5'"),
         (["generate"], "--prompt"),
@@ -95,10 +99,16 @@ def test_a_taken_port_is_told_before_anything_else(
     )
 
 
-def test_an_open_door_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
-    check_addresses(ServerConfig(host="0.0.0.0", port=0, grpc_port=-1))
-    assert "no API key" in capsys.readouterr().err
-    check_addresses(ServerConfig(host="0.0.0.0", port=0, grpc_port=-1, api_key="k"))
+OPEN = ServerConfig(host="0.0.0.0", port=0, grpc_port=-1)
+
+
+def test_an_open_door_must_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="set --api-key .* or say --insecure-no-auth"):
+        check_addresses(OPEN)
+    check_addresses(dataclasses.replace(OPEN, insecure_no_auth=True))
+    assert "anyone who can reach 0.0.0.0" in capsys.readouterr().err
+    for guard in ({"api_key": "k"}, {"api_keys_file": "keys"}, {"tls_client_ca": "ca.pem"}):
+        check_addresses(dataclasses.replace(OPEN, **guard))
     for host in ("127.0.0.1", "localhost", "127.0.0.2"):
         check_addresses(ServerConfig(host=host, port=0, grpc_port=0))
     assert capsys.readouterr().err == ""

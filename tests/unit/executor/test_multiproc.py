@@ -277,3 +277,24 @@ def test_the_front_does_not_import_torch(module: str) -> None:
 
 def _env() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+
+
+@pytest.mark.parametrize("how", ["hangs", "is stopped", "is idle"])
+def test_a_worker_that_does_not_answer_can_be_killed_and_replaced(how: str) -> None:
+    async def scenario() -> None:
+        async with running() as executor:
+            (pid,) = executor.pids
+            if how == "is stopped":
+                os.kill(pid, signal.SIGSTOP)
+            pending = [] if how == "is idle" else [executor.submit(make_plan(i, "hang")) for i in range(2)]
+            await asyncio.sleep(0.05)
+            assert await executor.kill()
+            for future in pending:
+                with pytest.raises(WorkerDied, match="was killed"):
+                    await future
+            assert await gone(pid)
+            assert isinstance(executor.submit(make_plan(8)).exception(), WorkerDied)
+            await executor.start()
+            assert (await executor.submit(make_plan(9))).step_id == 9
+
+    asyncio.run(scenario())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +57,14 @@ def test_pickle_checkpoints_are_refused_with_the_reason(tmp_path: Path, name: st
     for model in (folder, folder / name):
         with pytest.raises(ConfigError, match="loading it runs the code inside; convert it to safetensors"):
             resolve_model(str(model))
+
+
+def test_pickles_are_refused_also_where_asserts_are_off(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "m", "pytorch_model.bin")
+    code = "import sys; from servd.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
+    command = [sys.executable, "-O", "-c", code, str(folder), "--port", "0", "--grpc-port", "-1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "is a pickle checkpoint, which is refused" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         threshold=st.sampled_from([0, 5]),
         drafts=st.sampled_from([0, 1, 4, 20]),
         share_deferred=st.sampled_from([0.2, 0.7]),
+        share=st.sampled_from([0, 0.3, 0.8]),
     )
-    def start(self, num_tokens, block, max_num_seqs, policy, budget, caching, threshold, drafts, share_deferred):
+    def start(self, num_tokens, block, max_num_seqs, policy, budget, caching, threshold, drafts, share_deferred, share):
         num_blocks = -(-num_tokens // block) + 1  # of 256 tokens, just one that can be used
         config = SchedulerConfig(
             max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, scheduling_policy=policy,
@@ -36,7 +37,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.results = []
         self.everyone: dict[str, Request] = {}
         self.ended: dict[str, FinishReason] = {}
-        self.longest = min((num_blocks - 1) * block, num_tokens)
+        self.max_pinned = int((num_blocks - 1) * share) if caching else 0
+        self.longest = min((num_blocks - 1 - self.max_pinned) * block, num_tokens)
+        self.pins: dict[str, int] = {}  # name → blocks
         self.kept: list[Request] = []  # complete, with blocks that a fork may take
 
     @rule(
@@ -57,6 +60,26 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.everyone[name] = request
             self.scheduler.add(request)
 
+    @rule(kind=st.integers(0, 2), length=st.integers(1, 30))
+    def pin(self, kind, length):
+        prompt = [(kind * 13 + i * kind) % 90 for i in range(min(length, self.longest))]
+        num_blocks = len(prompt) // self.worker.block_size
+        if num_blocks and sum(self.pins.values()) + num_blocks <= self.max_pinned:
+            name = f"r{len(self.everyone)}"
+            self.pins[name] = num_blocks
+            self.everyone[name] = Request(
+                name, prompt[: num_blocks * self.worker.block_size], SamplingParams(max_tokens=0),
+                max_model_len=self.longest, pin_id=name,
+            )  # fmt: skip
+            self.scheduler.add(self.everyone[name])
+
+    @precondition(lambda self: self.pins)
+    @rule(data=st.data())
+    def unpin(self, data):
+        name = data.draw(st.sampled_from(sorted(self.pins)))
+        if name not in self.scheduler.requests:
+            del self.pins[name]
+            self.scheduler.cache.unpin(name)
     @rule(length=st.integers(1, 30), priority=st.integers(0, 2))
     def add_root_of_forks(self, length, priority):
         prompt = [(5 * i) % 90 for i in range(min(length, self.longest - 1))]
@@ -156,6 +179,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.release(request)
         assert not self.scheduler.has_work(), f"stuck: {list(self.scheduler.requests.values())}"
         assert set(self.ended) == set(self.everyone)
+        for name in self.pins:
+            self.scheduler.cache.unpin(name)
         pool = self.scheduler.cache.pool
         assert pool.num_free == pool.num_usable
         self.consistent()

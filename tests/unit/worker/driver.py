@@ -100,7 +100,10 @@ class Driver:
             sequence.output += token_ids
             sequence.num_computed = len(sequence.tokens) - 1
         for request_id in shares:
-            self.sequences[request_id].outputs.append(output)
+            sequence = self.sequences[request_id]
+            # Its grammar was not ready: the last token is computed again.
+            sequence.num_computed = min(sequence.num_computed, len(sequence.tokens) - 1)
+            sequence.outputs.append(output)
         return output
 
     def step_all(self) -> ModelRunnerOutput:
@@ -110,5 +113,5 @@ class Driver:
     def _new_request(self, sequence: Sequence) -> NewRequestData:
         return NewRequestData(
             sequence.request_id, sequence.tokens, len(sequence.prompt), sequence.params, sequence.seed,
-            [0], list(sequence.blocks), len(sequence.prompt) + (sequence.params.max_tokens or 10**6),
+            [0], list(sequence.blocks), len(sequence.prompt) + (sequence.params.max_tokens or 10**6), [0],
         )  # fmt: skip

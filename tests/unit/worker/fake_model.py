@@ -5,6 +5,8 @@ Whatever goes wrong with slots, block tables, positions or copies changes its to
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from servd_kernels.kv_format import KVFormat
 from torch import Tensor
@@ -72,11 +74,13 @@ def make_runner(
     max_num_seqs: int = 8,
     max_model_len: int = 64,
     drafter: Drafter | None = None,
+    tokenizer_path: Path | None = None,
 ) -> ModelRunner:
     device = torch.device("cpu")
     cache = PagedKVCache([KVFormat("float32", "float32", 1, FakeModel.head_dim, block_size)], num_blocks, device)
     for layer in cache.layers:
         layer.fill_(0xFF)  # what nobody wrote is NaN, and must never be read
     return ModelRunner(
-        FakeModel(), cache, max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=device, drafter=drafter
-    )
+        FakeModel(), cache, max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=device, drafter=drafter,
+        tokenizer_path=tokenizer_path,
+    )  # fmt: skip

@@ -16,7 +16,9 @@ from servd.api.chat.plan import ChatPlan, plan_chat
 from servd.api.http.context import SERVICE, system_fingerprint
 from servd.api.http.decode import decode_body, read_body
 from servd.api.http.generation import Answer, gather_answers, start_streams
+from servd.api.http.openapi import GENERATES, Endpoint, Operation
 from servd.api.http.replies import chat_logprobs, finish_reason_text, json_reply, vllm_prompt_logprobs
+from servd.api.http.reply_types import ChatCompletion, ChatCompletionChunk
 from servd.api.http.schema import ChatCompletionRequest, StreamOptions, renamed
 from servd.api.http.sse import stream_reply
 from servd.api.service import InferenceService
@@ -193,4 +195,12 @@ def _choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
-ROUTES = [web.post("/v1/chat/completions", create_chat_completion)]
+ROUTES = [
+    Endpoint(
+        "POST", "/v1/chat/completions", create_chat_completion,
+        Operation(
+            "Answer a conversation",
+            body=ChatCompletionRequest, reply=ChatCompletion, events=ChatCompletionChunk, errors=GENERATES,
+        ),
+    )
+]  # fmt: skip

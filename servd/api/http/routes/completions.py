@@ -14,7 +14,9 @@ from aiohttp import web
 from servd.api.http.context import SERVICE, system_fingerprint
 from servd.api.http.decode import decode_body, read_body
 from servd.api.http.generation import Answer, gather_answers, start_streams
+from servd.api.http.openapi import GENERATES, Endpoint, Operation
 from servd.api.http.replies import CompletionLogprobs, finish_reason_text, json_reply, vllm_prompt_logprobs
+from servd.api.http.reply_types import Completion
 from servd.api.http.schema import CompletionRequest, StreamOptions
 from servd.api.http.schema.answer_format import answer_format
 from servd.api.http.sse import stream_reply
@@ -203,4 +205,11 @@ class _Choices:
         return {"index": index, "text": text, "logprobs": shown}
 
 
-ROUTES = [web.post("/v1/completions", create_completion)]
+ROUTES = [
+    Endpoint(
+        "POST", "/v1/completions", create_completion,
+        Operation(
+            "Go on with a text", body=CompletionRequest, reply=Completion, events=Completion, errors=GENERATES
+        ),
+    )
+]  # fmt: skip

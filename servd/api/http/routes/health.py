@@ -1,4 +1,4 @@
-"""GET /health and /version: for probes and people.
+"""GET /health, /readyz, /livez and /version: for probes and people.
 
 Knows nothing of load: that is in /metrics.
 """
@@ -10,7 +10,9 @@ from aiohttp import web
 
 from servd import __version__
 from servd.api.http.context import SERVICE
+from servd.api.http.openapi import Endpoint, Operation
 from servd.api.http.replies import json_reply
+from servd.api.http.reply_types import Health, Version
 
 
 async def health(request: web.Request) -> web.Response:
@@ -23,9 +25,21 @@ async def health(request: web.Request) -> web.Response:
     )
 
 
+async def alive(request: web.Request) -> web.Response:
+    """200 while this process answers at all: one that starts or recovers must not be killed for it."""
+    return json_reply({"state": request.app[SERVICE].engine.state})
+
+
 async def version(_: web.Request) -> web.Response:
     """The server's version."""
     return json_reply({"version": __version__})
 
 
-ROUTES = [web.get("/health", health), web.get("/version", version)]
+_READY = Operation("Whether requests are taken", reply=Health, replies={503: Health}, public=True)
+
+ROUTES = [
+    Endpoint("GET", "/health", health, _READY),
+    Endpoint("GET", "/readyz", health, _READY),
+    Endpoint("GET", "/livez", alive, Operation("Whether the process answers", reply=Health, public=True)),
+    Endpoint("GET", "/version", version, Operation("The server's version", reply=Version)),
+]

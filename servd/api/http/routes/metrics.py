@@ -9,6 +9,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from servd.api.http.context import SERVICE
+from servd.api.http.openapi import Endpoint, Operation
 
 
 async def metrics(request: web.Request) -> web.Response:
@@ -18,4 +19,4 @@ async def metrics(request: web.Request) -> web.Response:
     )
 
 
-ROUTES = [web.get("/metrics", metrics)]
+ROUTES = [Endpoint("GET", "/metrics", metrics, Operation("Prometheus metrics", media_type="text/plain"))]

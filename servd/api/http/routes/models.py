@@ -9,14 +9,19 @@ from typing import Any
 
 from aiohttp import web
 
-from servd.api.http.context import SERVICE
+from servd.api.http.context import CALLER, SERVICE
+from servd.api.http.openapi import Endpoint, Operation
 from servd.api.http.replies import json_reply
+from servd.api.http.reply_types import Model, ModelList
 from servd.api.service import InferenceService
+from servd.errors import NotFoundError
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """The one model."""
-    return json_reply({"object": "list", "data": [_model(request.app[SERVICE])]})
+    """The one model, if the caller may use it."""
+    service = request.app[SERVICE]
+    models = [_model(service)] if request[CALLER].may_use(service.model_name) else []
+    return json_reply({"object": "list", "data": models})
 
 
 async def retrieve_model(request: web.Request) -> web.Response:
@@ -37,6 +42,9 @@ def _model(service: InferenceService) -> dict[str, Any]:
 
 
 ROUTES = [
-    web.get("/v1/models", list_models),
-    web.get("/v1/models/{model:.+}", retrieve_model),
-]
+    Endpoint("GET", "/v1/models", list_models, Operation("List the models", reply=ModelList)),
+    Endpoint(
+        "GET", "/v1/models/{model:.+}", retrieve_model,
+        Operation("One model", reply=Model, errors=(NotFoundError,)),
+    ),
+]  # fmt: skip

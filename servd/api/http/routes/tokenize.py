@@ -16,10 +16,13 @@ from servd.api.chat.tools import check_json
 from servd.api.http.context import SERVICE
 from servd.api.http.decode import decode_body, read_body
 from servd.api.http.messages import ChatMessage, template_messages
+from servd.api.http.openapi import Endpoint, Operation
 from servd.api.http.replies import json_reply
+from servd.api.http.reply_types import DetokenizeReply, TokenizeReply
 from servd.api.http.schema.chat import MAX_TEMPLATE_VALUES
 from servd.api.http.schema.chat_tools import ToolDefinition, tools_of
-from servd.errors import InvalidRequestError
+from servd.api.service import MAX_DETOKENIZE_TOKENS, MAX_TOKENIZE_CHARS
+from servd.errors import InvalidRequestError, NotFoundError
 from servd.sampling_params import SamplingParams
 
 
@@ -87,4 +90,19 @@ async def detokenize(request: web.Request) -> web.Response:
     return json_reply({"prompt": await service.detokenize(body.tokens)})
 
 
-ROUTES = [web.post("/tokenize", tokenize), web.post("/detokenize", detokenize)]
+ROUTES = [
+    Endpoint(
+        "POST", "/tokenize", tokenize,
+        Operation(
+            "Text to token ids", body=TokenizeRequest, reply=TokenizeReply, errors=(NotFoundError,),
+            ranges={"prompt": {"maxLength": MAX_TOKENIZE_CHARS}},
+        ),
+    ),
+    Endpoint(
+        "POST", "/detokenize", detokenize,
+        Operation(
+            "Token ids to text", body=DetokenizeRequest, reply=DetokenizeReply, errors=(NotFoundError,),
+            ranges={"tokens": {"maxItems": MAX_DETOKENIZE_TOKENS, "items": {"type": "integer", "minimum": 0}}},
+        ),
+    ),
+]  # fmt: skip

@@ -1,0 +1,73 @@
+"""/openapi.json says what every endpoint takes and answers, and says it truly."""
+
+import asyncio
+
+import pytest
+
+from servd.api.http.app import discover_routes
+from servd.api.http.openapi import Endpoint, document
+from servd.api.http.schema import ChatCompletionRequest
+from tests.api.http.serving import serve
+
+ENDPOINTS = [endpoint for route_file in discover_routes() for endpoint in route_file]
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda e: f"{e.method} {e.path}")
+def test_every_route_says_what_it_does(endpoint):
+    assert isinstance(endpoint, Endpoint), f"{endpoint} is no Endpoint: wrap it, with an Operation"
+    operation = endpoint.operation
+    assert operation.summary
+    assert operation.hidden or endpoint.method == "GET" or operation.body is not None or operation.reply is not None
+
+
+def test_operation_ids_are_unique():
+    paths = document([e for e in ENDPOINTS if not e.operation.hidden])["paths"]
+    ids = [operation["operationId"] for methods in paths.values() for operation in methods.values()]
+    assert len(ids) == len(set(ids)), sorted(ids)
+
+
+def test_the_document_lists_every_api_route_that_the_server_has(tmp_path):
+    async def main():
+        async with serve(tmp_path) as served:
+            listed = (await served.request("GET", "/openapi.json")).json()["paths"]
+            resources = [r.canonical for r in served.runner.app.router.resources()]
+            hidden = {e.path for e in ENDPOINTS if e.operation.hidden}
+            return set(listed), set(resources) - hidden
+
+    listed, served_paths = asyncio.run(main())
+    assert listed == served_paths
+
+
+def test_references_lead_somewhere_and_fields_are_the_parsers(tmp_path):
+    async def main():
+        async with serve(tmp_path) as served:
+            reply = await served.request("GET", "/openapi.json")
+            again = await served.request("GET", "/openapi.json", headers={"If-None-Match": reply.headers["ETag"]})
+            return reply, again
+
+    reply, again = asyncio.run(main())
+    spec = reply.json()
+    schemas = spec["components"]["schemas"]
+    for name in reply.body.decode().split("#/components/schemas/")[1:]:
+        assert name.partition('"')[0] in schemas
+    chat = schemas["ChatCompletionRequest"]
+    assert set(chat["properties"]) == set(ChatCompletionRequest.__struct_fields__)
+    assert chat["additionalProperties"] is False
+    assert {"type": "number", "minimum": 0, "maximum": 100} in chat["properties"]["temperature"]["anyOf"]
+    assert chat["properties"]["service_tier"]["enum"] == [None, "auto", "default"]
+    assert again.status == 304 and again.body == b""
+
+
+def test_errors_and_keys_are_described(tmp_path):
+    async def main():
+        async with serve(tmp_path) as served:
+            return (await served.request("GET", "/openapi.json")).json()["paths"]
+
+    paths = asyncio.run(main())
+    chat = paths["/v1/chat/completions"]["post"]
+    assert set(chat["responses"]) >= {"200", "400", "401", "403", "404", "408", "413", "415", "429", "500", "503"}
+    assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert chat["responses"]["429"]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorReply")
+    assert paths["/health"]["get"]["security"] == []
+    assert "security" not in chat  # the document's own: with a key, where the server asks for one
+    assert paths["/v1/models/{model}"]["get"]["parameters"][0]["name"] == "model"
