@@ -18,9 +18,9 @@ import aiohttp
 import grpc.aio
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+
 from servd.api.grpc._pb.inference import grpc_service_pb2 as kserve
 from servd.api.grpc._pb.inference import grpc_service_pb2_grpc as kserve_grpc
-
 from servd.api.grpc._pb.servd.v1 import inference_pb2 as pb
 from servd.api.grpc._pb.servd.v1 import inference_pb2_grpc as pb_grpc
 from servd.api.grpc.server import start_grpc

@@ -154,7 +154,7 @@ def answer_guidance(call: ChatCall, formats: ChatFormats, prompt_end: str) -> tu
         return None
     if call.answer_format is not None:
         param = call.answer_format.param if not tools or choice.mode != "required" else param
-    thought = _thought(formats, prompt_end)
+    thought = None if call.continue_final_message else _thought(formats, prompt_end)
     if thought is None and lark == "start: @servd_format" and wanted is not None:
         return wanted, param
     if thought is not None:

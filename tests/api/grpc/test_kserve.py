@@ -11,10 +11,10 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from servd.api.grpc._pb.inference import grpc_service_pb2 as pb
-from servd.api.grpc._pb.inference import grpc_service_pb2_grpc as pb_grpc
 
 import servd
+from servd.api.grpc._pb.inference import grpc_service_pb2 as pb
+from servd.api.grpc._pb.inference import grpc_service_pb2_grpc as pb_grpc
 from tests.api.grpc.grpc_helpers import MODEL, Served, blamed_field, error_of, run, served
 
 Code = grpc.StatusCode
