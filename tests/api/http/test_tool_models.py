@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from servd.engine.chat_template import ChatTemplate
 from servd.errors import InvalidRequestError
-from tests.api.http.serving import serve
+from tests.api.http.serving import CHAT, COMPLETIONS, serve
 from tests.api.http.test_tools import chunks, guidance_of, joined, prompt_of, whole
 from tests.fakes import EOS, ByteTokenizer
 
@@ -72,5 +73,30 @@ def test_special_tokens_are_read_and_never_shown(tmp_path: Path) -> None:
                 forced["finish_reason"] == "tool_calls"
                 and "<[1]>" in guidance_of(server)["grammars"][0]["lark_grammar"]
             )
+
+    asyncio.run(main())
+
+
+class SlowTemplateTokenizer(ByteTokenizer):
+    """Bytes, and a template that loops until it is stopped."""
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        loops = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
+        return ChatTemplate(loops, {}).render(messages)
+
+
+def test_a_template_without_end_is_stopped_and_hangs_nobody(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path, tokenizer=SlowTemplateTokenizer(), step_delay=0.001) as server:
+            chat = asyncio.create_task(server.post(CHAT, {"messages": [{"role": "user", "content": "hi"}]}))
+            num_done = 0
+            while not chat.done():
+                reply = await server.post(COMPLETIONS, {"prompt": "hi", "max_tokens": 5})
+                assert reply.status == 200
+                num_done += 1
+            reply = await chat
+            assert (reply.status, reply.error()["param"]) == (400, "messages")
+            assert "takes longer than" in reply.error()["message"]
+            assert num_done > 10, "completions went on meanwhile"
 
     asyncio.run(main())

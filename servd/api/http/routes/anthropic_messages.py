@@ -102,7 +102,8 @@ async def _plan(service: InferenceService, body: Conversation, params: SamplingP
         template_kwargs=body.template_kwargs,
         reasoning_effort=body.reasoning_effort,
     )
-    if body.thinking is not None and body.thinking.type == "enabled" and service.chat_formats.reasoning_parser is None:
+    formats = await service.load_chat_formats()
+    if body.thinking is not None and body.thinking.type == "enabled" and formats.reasoning_parser is None:
         raise UnsupportedError(
             "thinking.type is 'enabled'; this model does not think (or --reasoning-parser is not set); allowed: "
             "'adaptive', 'disabled'",
