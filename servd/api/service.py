@@ -60,6 +60,12 @@ class InferenceService:
         """How the model writes tool calls and thoughts. Raises EngineUnavailableError before the engine has started."""
         return ChatFormats.of(self.engine.tokenizer, self._choice)
 
+    async def load_chat_formats(self) -> ChatFormats:
+        """The same; the first time off the event loop, for the template is tried out, which may take it a while."""
+        if "chat_formats" not in self.__dict__:
+            await self.engine.run_in_thread(lambda: self.chat_formats)
+        return self.chat_formats
+
     def check_model(self, name: str | None) -> None:
         """Raise NotFoundError unless `name` is the served model (None and "" mean: the one there is).
 
@@ -202,9 +208,7 @@ class InferenceService:
         limits = current_caller().limits
         if limits is not None and limits.max_concurrent is not None:
             limit = min(limit, limits.max_concurrent)
-        return await embed_all(
-            start, len(prompts), num_at_once=limit, dimensions=dimensions, normalize=normalize
-        )
+        return await embed_all(start, len(prompts), num_at_once=limit, dimensions=dimensions, normalize=normalize)
 
     async def create_prefix(
         self,

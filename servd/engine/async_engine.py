@@ -267,9 +267,7 @@ class AsyncEngine:
         records = self.request_log.begin(request_id, answers, stream.unread_since)
         stream.on_unread = lambda index, since, seconds: records[index].unread(since, seconds)
         if timeout is not None:
-            error = DeadlineExceededError(f"the deadline of {timeout:g} s passed")
-            loop = asyncio.get_running_loop()
-            family.timer = loop.call_later(max(timeout, 0.0), self._end, request_id, FinishReason.DEADLINE, error)
+            family.timer = self._end_after(timeout, request_id)
         core.wake()
         return stream
 

@@ -38,7 +38,7 @@ class ChatPlan:
 
 async def encode_call(service: InferenceService, call: ChatCall) -> list[int]:
     """The prompt's tokens, made off the event loop. Raises InvalidRequestError or UnsupportedError naming the field."""
-    formats = service.chat_formats
+    formats = await service.load_chat_formats()
     if not call.messages:
         raise InvalidRequestError("messages is empty; allowed: at least one message", param="messages")
     check_tools(call.tools, call.tool_choice)

@@ -146,7 +146,7 @@ def answer_guidance(call: ChatCall, formats: ChatFormats, prompt_end: str) -> tu
         assert formats.tool_parser is not None, "the caller has refused tools"
         _check_strict(call.tools)
         grammar = formats.tool_parser.grammar(tools, formats.marker)
-        lark = _calls(grammar, choice, formats, has_format=wanted is not None)
+        lark = _calls(grammar, choice, formats, call.answer_format)
         param = "tool_choice" if choice.mode == "required" else "tools"
     elif wanted is not None:
         lark = "start: @servd_format"
@@ -154,7 +154,7 @@ def answer_guidance(call: ChatCall, formats: ChatFormats, prompt_end: str) -> tu
         return None
     if call.answer_format is not None:
         param = call.answer_format.param if not tools or choice.mode != "required" else param
-    thought = _thought(formats, prompt_end)
+    thought = None if call.continue_final_message else _thought(formats, prompt_end)
     if thought is None and lark == "start: @servd_format" and wanted is not None:
         return wanted, param
     if thought is not None:
@@ -184,7 +184,7 @@ def callable_tools(call: ChatCall) -> tuple[Tool, ...]:
     return call.tools if name is None else tuple(tool for tool in call.tools if tool.name == name)
 
 
-def _calls(grammar: CallGrammar, choice: ToolChoice, formats: ChatFormats, *, has_format: bool) -> str:
+def _calls(grammar: CallGrammar, choice: ToolChoice, formats: ChatFormats, wanted: AnswerFormat | None) -> str:
     """Lark text whose start is calls, forced, or begun at will."""
     following = f" ({grammar.following}){{0,{MAX_FORCED_CALLS - 1}}}" if choice.parallel else ""
     calls = f"{grammar.first}{following} {grammar.end}"
@@ -192,12 +192,12 @@ def _calls(grammar: CallGrammar, choice: ToolChoice, formats: ChatFormats, *, ha
     rules = grammar.rules
     if choice.mode == "required":
         return f"start: {marker} {calls}\n{rules}"
-    if has_format:
+    if wanted is not None:
         if not marker:
             raise UnsupportedError(
-                "response_format and tools with tool_choice auto: this model's calls look like any JSON; allowed: "
-                "tool_choice none or required, or no response_format",
-                param="response_format",
+                f"{wanted.param} is set beside tools with tool_choice auto; this model's calls cannot be told from "
+                "such answers; allowed: tool_choice none or required",
+                param=wanted.param,
             )
         return f"start: {marker} {calls} | @servd_format\n{rules}"
     if grammar.marker is None:

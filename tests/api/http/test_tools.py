@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import openai
 import pytest
@@ -16,9 +15,8 @@ from pydantic import BaseModel
 
 from servd.api.service import InferenceService
 from servd.config import ServerConfig
-from servd.errors import ConfigError, InvalidRequestError
+from servd.errors import ConfigError
 from tests.api.http.serving import CHAT, Served, serve
-from tests.fakes import EOS, ByteTokenizer
 
 WEATHER = {
     "type": "function",
@@ -188,25 +186,6 @@ def test_tools_reach_a_model_whose_template_knows_none(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-class NoSystemTokenizer(ByteTokenizer):
-    """Bytes, and a template that has no place for a system message."""
-
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        if messages[0]["role"] == "system":
-            raise InvalidRequestError("no system messages", param="messages")
-        return super().apply_chat_template(messages, **options)
-
-
-def test_tools_reach_a_model_without_system_messages(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with serve(tmp_path, tokenizer=NoSystemTokenizer()) as server:
-            await whole(server, "hi", max_tokens=1)
-            assert prompt_of(server).startswith("user: You may call functions")
-            assert prompt_of(server).endswith("</tool_call>\n\nhi\nassistant: ")
-
-    asyncio.run(main())
-
-
 def test_choices_become_grammars(tmp_path: Path) -> None:
     async def main() -> None:
         async with serve(tmp_path, replies=REPLIES) as server:
@@ -225,12 +204,18 @@ def test_choices_become_grammars(tmp_path: Path) -> None:
                 seen.append(json.dumps(guidance_of(server)))
             assert len(set(seen)) == 5 and all("tool_call" in grammar for grammar in seen)
             assert "get_weather" not in seen[1]
+            for mode in ("auto", "required"):
+                allowed = {"mode": mode, "tools": [{"type": "function", "function": {"name": "now"}}]}
+                await whole(server, "q-one", tool_choice={"type": "allowed_tools", "allowed_tools": allowed})
+                assert "get_weather" not in prompt_of(server)
+                assert (guidance_of(server) is None) == (mode == "auto")
             await whole(server, "q-one", tool_choice="none")
             assert guidance_of(server) is None
 
     asyncio.run(main())
 
 
+OTHER = {"type": "function", "function": {"name": "other"}}
 DEEP = json.loads('{"a":' * 80 + "1" + "}" * 80)
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [NOW] * 300}, "tools", "300 entries"),
@@ -249,8 +234,11 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
      "tools[0].function.parameters", "'not' at # is not supported"),
     ({"tool_choice": "any"}, "tool_choice", '"any"; allowed: none, auto, required'),
     ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice", "'other'"),
-    ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice.type", "allowed_tools"),
-    ({"tool_choice": {"type": "function"}}, "tool_choice", "a function"),
+    ({"tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "tool_choice.type", '"custom"'),
+    ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [OTHER]}}},
+     "tool_choice.allowed_tools.tools", "'other'"),
+    ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice", "without allowed_tools"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice", "without function"),
     ({"tools": None, "tool_choice": "required"}, "tool_choice", "with tools"),
     ({"parallel_tool_calls": 1}, "parallel_tool_calls", "true or false"),
     ({"functions": [{"name": "f"}]}, "functions", "does not honour"),
@@ -274,6 +262,19 @@ def test_bad_tools_are_named(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_tools_that_no_grammar_can_force_are_refused_where_one_is_needed(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path, replies=REPLIES) as server:
+            for schema in ({"type": "string", "pattern": "(a"}, {"type": "strng"}, {"$ref": "http://x.org/schema"}):
+                parameters = {"type": "object", "properties": {"x": schema}, "required": ["x"]}
+                tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+                reply = await server.post(CHAT, ask("q-none", tools=tools, tool_choice="required"))
+                assert (reply.status, reply.error()["param"]) == (400, "tool_choice"), schema
+                assert (await whole(server, "q-none", tools=tools))["finish_reason"] == "stop"
+
+    asyncio.run(main())
+
+
 def test_a_million_tools_are_refused_before_they_are_looked_at(tmp_path: Path) -> None:
     async def main() -> None:
         async with serve(tmp_path) as server:
@@ -292,50 +293,6 @@ def test_unknown_parsers_end_the_start(tmp_path: Path) -> None:
                 InferenceService(server.engine, "fake", tool_call_parser="x")
             with pytest.raises(ConfigError, match=r"unknown reasoning parser 'x'; known: deepseek_r1"):
                 InferenceService(server.engine, "fake", reasoning_parser="x")
-
-    asyncio.run(main())
-
-
-class MistralTokenizer(ByteTokenizer):
-    """Bytes, and some control characters in the place of Mistral's special tokens."""
-
-    SPECIAL: ClassVar[dict[int, str]] = {1: "[TOOL_CALLS]", 2: "[ARGS]", 3: "[THINK]", 4: "[/THINK]", 5: "[INST]"}
-    special_token_ids = frozenset((EOS, *SPECIAL))
-    template_variables = frozenset(("messages", "tools"))
-    template_source = "{{ tools }}[TOOL_CALLS] {{ message.tool_calls }}[ARGS] [THINK]"
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return self.SPECIAL[token_id].encode() if token_id in self.SPECIAL else super().token_bytes(token_id)
-
-    def token_id(self, text: str) -> int | None:
-        return {token: i for i, token in self.SPECIAL.items()}.get(text)
-
-
-def test_special_tokens_are_read_and_never_shown(tmp_path: Path) -> None:
-    replies = {
-        "q-call": '\3Hm.\4\5Look:\1get_weather\2{"city": "P"}\1now\2{}',
-        "q-text": "\5An [INST] \1answer \2.",
-        "q-plain": "\1\2plain\3",
-    }
-
-    async def main() -> None:
-        async with serve(tmp_path, replies=replies, tokenizer=MistralTokenizer()) as server:
-            for make in (lambda what: whole(server, what), lambda what: chunks(server, what)):
-                made = await make("q-call")
-                message = made["message"] if isinstance(made, dict) else joined(made)
-                assert (message["content"], message["reasoning"]) == ("Look:", "Hm.")
-                assert [(call["function"]["arguments"], len(call["id"])) for call in message["tool_calls"]] == [
-                    ('{"city": "P"}', 9), ("{}", 9)
-                ]  # fmt: skip
-            assert (await whole(server, "q-text"))["message"]["content"] == "An [INST] answer ."
-            assert (await whole(server, "q-plain", tools=None))["message"]["content"] == "plain"
-            shown = (await whole(server, "q-text", skip_special_tokens=False))["message"]["content"]
-            assert shown == "[INST]An [INST] [TOOL_CALLS]answer [ARGS]."
-            forced = await whole(server, "q-call", tool_choice="required")
-            assert (
-                forced["finish_reason"] == "tool_calls"
-                and "<[1]>" in guidance_of(server)["grammars"][0]["lark_grammar"]
-            )
 
     asyncio.run(main())
 

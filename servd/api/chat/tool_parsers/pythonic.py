@@ -18,7 +18,7 @@ START, END = "<|python_start|>", "<|python_end|>"
 MAX_FREE_ORDERS = 16  # optional parameters of a tool without required ones, in a grammar
 
 _NAME = re.compile(r"[\w.:/-]+")
-_KEY = re.compile(r"\w+")
+_KEY = re.compile(r"[^=,()\[\]{}'\"\n]+")  # JSON's keys, too, which need be no Python names
 _SCALAR = re.compile(r"[\w.+-]+", re.ASCII)
 _IN_STRING = re.compile(r"[^\\'\"]+")
 _WORDS = {"True": "true", "False": "false", "None": "null"}
@@ -84,8 +84,7 @@ def _call(source: Source, writer: Writer, names: set[str]) -> Found:
     yield from source.spaces()
     separator = "{"
     while not (yield from source.literal(")")):
-        key = yield from source.word(_KEY)
-        yield from source.spaces()
+        key = (yield from source.word(_KEY)).rstrip()
         if not key or not (yield from source.literal("=")):
             return separator != "{"
         if separator == "{":

@@ -19,7 +19,7 @@ OPENING, CLOSING = "<tool_call>", "</tool_call>"
 FUNCTION, END_FUNCTION = "<function=", "</function>"
 PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
 
-_NAME = re.compile(r"[^<>\s]+")
+_NAME = re.compile(r"[^<>\n]+")
 _SAYS_TYPE = {"type", "anyOf", "oneOf", "allOf", "$ref", "enum", "const"}
 _WORDS = {"true": "true", "false": "false", "null": "null", "none": "null"}
 
@@ -153,7 +153,8 @@ def _call_rules(name: str, tool: Tool) -> list[str]:
     for i, (key, rule) in enumerate(properties.items() if isinstance(properties, Mapping) else ()):
         value, term = f"{name}_{i}", literal(f"{PARAMETER}{key}>\n")
         if _is_text(rule):
-            choices = rule.get("enum") if isinstance(rule, Mapping) else None
+            values = rule.get("enum") if isinstance(rule, Mapping) else None
+            choices = [each for each in values if isinstance(each, str)] if isinstance(values, (list, tuple)) else []
             if choices:
                 rules.append(f"{value}: ({' | '.join(map(literal, choices))}) {literal(chr(10) + END_PARAMETER)}")
             else:

@@ -60,7 +60,7 @@ async def create_message(request: web.Request) -> web.StreamResponse:
             prompt_logprobs=None,
         )
     service.engine.check_room()
-    call = _call(service, body, params)
+    call = await _call(service, body, params)
     with in_words_of(_names(call)):
         plan = await plan_chat(service, call)
     message_id = service.new_request_id("msg")
@@ -84,7 +84,7 @@ async def count_tokens(request: web.Request) -> web.Response:
     body = decode_body(await read_body(request), _COUNT_TOKENS)
     service.check_model(body.model)
     body.check()
-    call = _call(service, body, SamplingParams(max_tokens=1))
+    call = await _call(service, body, SamplingParams(max_tokens=1))
     with in_words_of(_names(call)):
         return json_reply({"input_tokens": len(await encode_call(service, call))})
 
@@ -93,9 +93,10 @@ def _names(call: ChatCall) -> dict[str, str]:
     return _NAMES | ({"reasoning_effort": "thinking.type"} if call.reasoning_effort == "none" else {})
 
 
-def _call(service: InferenceService, body: Conversation, params: SamplingParams) -> ChatCall:
+async def _call(service: InferenceService, body: Conversation, params: SamplingParams) -> ChatCall:
     """What is asked. Raises InvalidRequestError or UnsupportedError naming the client's field."""
-    if body.thinking is not None and body.thinking.type == "enabled" and service.chat_formats.reasoning_parser is None:
+    formats = await service.load_chat_formats()
+    if body.thinking is not None and body.thinking.type == "enabled" and formats.reasoning_parser is None:
         raise UnsupportedError(
             "thinking.type is 'enabled'; this model does not think (or --reasoning-parser is not set); allowed: "
             "'adaptive', 'disabled'",

@@ -13,7 +13,7 @@ from servd.api.chat.tools import check_json
 from servd.api.conversation import MAX_TEMPLATE_VALUES, check_template_names
 from servd.api.http.messages import ChatMessage, template_messages
 from servd.api.http.schema.answer_format import answer_format
-from servd.api.http.schema.chat_tools import NamedToolChoice, ToolDefinition, tool_choice_of, tools_of
+from servd.api.http.schema.chat_tools import NamedToolChoice, ToolDefinition, allowed_of, tool_choice_of, tools_of
 from servd.api.http.schema.checks import check_count, check_range, renamed
 from servd.api.http.schema.generation import GenerationRequest
 from servd.errors import InvalidRequestError
@@ -95,7 +95,7 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
         return ChatCall(
             template_messages(self.messages),
             params,
-            tools=tools_of(self.tools),
+            tools=allowed_of(tools_of(self.tools), self.tool_choice),
             tool_choice=tool_choice_of(self.tool_choice, self.parallel_tool_calls),
             answer_format=answer_format(self),
             add_generation_prompt=self.add_generation_prompt is not False,

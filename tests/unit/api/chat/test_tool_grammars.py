@@ -215,20 +215,26 @@ def test_tools_that_share_definitions_and_need_nothing(name: str, tokens: tuple[
     point = {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}
     parameters = {
         "type": "object",
-        "properties": {"at": {"$ref": "#/$defs/Point"}, "unit": {"enum": ["m", "ft"]}, "fast": {"type": "boolean"}},
+        "properties": {
+            "at": {"$ref": "#/$defs/Point"},
+            "unit": {"enum": ["m", "ft"]},
+            "très 😀": {"type": "string", "enum": ["a", "b"]},
+            "fast": {"type": "boolean"},
+        },
         "$defs": {"Point": point},
     }
     tools = (Tool("go", "walk", parameters), Tool("stay"))
     grammar = Grammar(tokens, formats_of(name), "", tools=tools, tool_choice=ToolChoice("required"))
     texts = {
-        "hermes": '<tool_call>\n{"name": "go", "arguments": {"unit": "m", "fast": true}}\n</tool_call>',
-        "llama3_json": '{"name": "go", "parameters": {"unit": "m", "fast": true}}',
-        "mistral": '[TOOL_CALLS][{"name": "go", "arguments": {"unit": "m", "fast": true}}]',
-        "qwen3_coder": '<tool_call>\n<function=go>\n<parameter=unit>\n"m"\n</parameter>\n<parameter=fast>\ntrue\n'
+        "hermes": '<tool_call>\n{"name": "go", "arguments": {"unit": "m", "très 😀": "a", "fast": true}}\n</tool_call>',
+        "llama3_json": '{"name": "go", "parameters": {"unit": "m", "très 😀": "a", "fast": true}}',
+        "mistral": '[TOOL_CALLS][{"name": "go", "arguments": {"unit": "m", "très 😀": "a", "fast": true}}]',
+        "qwen3_coder": '<tool_call>\n<function=go>\n<parameter=unit>\n"m"\n</parameter>\n<parameter=très 😀>\na\n'
+        "</parameter>\n<parameter=fast>\ntrue\n"
         "</parameter>\n</function>\n</tool_call>",
-        "pythonic": '[go(unit="m", fast=true)]',
+        "pythonic": '[go(unit="m", très 😀="a", fast=true)]',
     }
     assert grammar.takes(texts[name]) and not grammar.takes(texts[name].replace("true", "1"))
-    expected = {"unit": "m", "fast": True}
+    expected = {"unit": "m", "très 😀": "a", "fast": True}
     _, _, calls = seen(tool_reader(name, tools=tools), texts[name])
     assert [(call, json.loads(arguments)) for call, arguments in calls] == [("go", expected)]

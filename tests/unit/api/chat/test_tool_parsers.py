@@ -106,6 +106,7 @@ EXAMPLES: list[tuple[str, str, str, Seen]] = [
             )],
         ),
     ),
+    ("pythonic", "", '[get_weather(a-b = 1, c=2)]', ("", None, [("get_weather", '{"a-b": 1, "c": 2}')])),
     ("pythonic", "", "[1, 2] and [now(3)]", ("[1, 2] and [now(3)]", None, [])),
     ("pythonic", "", "[now(3)]", ("[now(3)]", None, [])),
     ("pythonic", "", "[other(x=3)]", ("[other(x=3)]", None, [])),
