@@ -20,9 +20,10 @@ KERNEL_SOURCES := kernels/servd_kernels/build.py \
 # Tests and linters are installed once, by whichever target first asks for them.
 SERVE_STAMP := $(VENV)/.stamp-serve
 DEV_STAMP := $(VENV)/.stamp-dev
+WEB_STAMP := $(VENV)/.stamp-web
 KERNEL_STAMP := $(VENV)/.stamp-kernels
 
-.PHONY: help setup serve test test-clients lint bench-peers clean
+.PHONY: help setup serve test test-web test-clients lint bench-peers clean
 .DELETE_ON_ERROR:
 
 help: ## show this
@@ -35,6 +36,9 @@ serve: $(SERVE_STAMP) $(KERNEL_STAMP) ## install, fetch the starter model once, 
 
 test: setup ## the whole test suite, fast folders first (or ARGS="tests/unit/hub -k name")
 	$(BIN)/python -m pytest $(ARGS)
+
+test-web: $(WEB_STAMP) $(KERNEL_STAMP) ## the pages in headless Chromium, and schemathesis (Debian: apt install chromium)
+	$(BIN)/python -m pytest tests/web $(ARGS)
 
 test-clients: setup $(CLIENTS)/.stamp ## openai (Python, npm), anthropic, tritonclient, langchain, litellm, instructor
 	SERVD=$(CURDIR)/$(BIN)/servd $(CLIENTS)/bin/python -m pytest -o filterwarnings= --confcutdir tests/clients \
@@ -66,6 +70,10 @@ $(SERVE_STAMP): $(BUILD_INPUTS) | $(BIN)/python
 $(DEV_STAMP): $(BUILD_INPUTS) | $(BIN)/python
 	$(BIN)/python -m pip install -c deploy/constraints.txt $(PIP_EXTRA_ARGS) -e '.[test,lint]'
 	@touch $@ $(SERVE_STAMP)
+
+$(WEB_STAMP): $(DEV_STAMP)
+	$(BIN)/python -m pip install -c deploy/constraints.txt $(PIP_EXTRA_ARGS) -e '.[web]'
+	@touch $@
 
 # Programs of other people need versions of their own, and no servd beside them.
 $(CLIENTS)/.stamp: tests/clients/requirements.txt | $(BIN)/python

@@ -68,9 +68,9 @@ class Operation:
 
     body: the type that parses the request's JSON. reply: the type of a JSON success. events: the type of the `data` of
     one server-sent event, where the endpoint streams (always, if there is no `reply`). media_type: of a success that
-    is neither. query: parameter → JSON schema. errors: what it raises, beyond what every endpoint may. replies: types
-    of other statuses. error: the type of every failure. ranges: as in `field_ranges`, for a body type of the route's
-    own. public: answers without a key.
+    is neither; "" where it is empty. query: parameter → JSON schema. errors: what it raises, beyond what every endpoint
+    may. replies: types of other statuses, None where they are empty. ranges: as in `field_ranges`, for a body type of
+    the route's own. error: the type of its failures. public: answers without a key.
     """
 
     summary: str
@@ -110,8 +110,8 @@ class Endpoint(web.AbstractRouteDef):
 class ApiDocument:
     """The document of a set of endpoints, made once when somebody first asks."""
 
-    def __init__(self, endpoints: Iterable[Endpoint]) -> None:
-        self._endpoints = [endpoint for endpoint in endpoints if not endpoint.operation.hidden]
+    def __init__(self, endpoints: Iterable[web.AbstractRouteDef]) -> None:
+        self._endpoints = [e for e in endpoints if isinstance(e, Endpoint) and not e.operation.hidden]
 
     @cached_property
     def json(self) -> bytes:
@@ -178,23 +178,44 @@ def _operation(endpoint: Endpoint, path: str, refs: Mapping[Any, dict[str, Any]]
 
 def _responses(operation: Operation, refs: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
+    error = refs[operation.error]
+    if operation.error is not ErrorReply:  # the layers around a handler do not always know its shape
+        error = {"anyOf": [error, refs[ErrorReply]]}
     if operation.reply is not None:
         content[JSON] = {"schema": refs[operation.reply]}
     if operation.events is not None:
-        content[EVENTS] = {
-            "schema": {"type": "string", "description": "events whose data is JSON of the schema beside"},
-            "x-event-schema": refs[operation.events],
-        }
-    if not content:
+        content[EVENTS] = {"schema": _event({"anyOf": [refs[operation.events], error]})}
+    if not content and operation.media_type:
         content[operation.media_type] = {"schema": {"type": "string"}}
-    responses: dict[str, Any] = {"200": {"description": "as asked", "content": content}}
+    responses: dict[str, Any] = {"200": {"description": "as asked"} | ({"content": content} if content else {})}
     for status, text in sorted(_failures(operation).items()):
-        responses[str(status)] = {"description": text, "content": {JSON: {"schema": refs[operation.error]}}}
+        responses[str(status)] = {"description": text, "content": {JSON: {"schema": error}}}
     for status, reply in operation.replies.items():
-        responses[str(status)] = {
-            "description": http.HTTPStatus(status).phrase, "content": {JSON: {"schema": refs[reply]}}
-        }  # fmt: skip
+        described: dict[str, Any] = {"description": http.HTTPStatus(status).phrase}
+        if reply is not None:
+            described["content"] = {JSON: {"schema": refs[reply]}}
+        responses[str(status)] = described
     return responses
+
+
+def _event(data: dict[str, Any]) -> dict[str, Any]:
+    """The schema of one server-sent event, whose data is the text of JSON."""
+    return {
+        "type": "object",
+        "description": "One event of the stream. A stream of an answer ends with an event whose data is [DONE]; one "
+        "that fails, with an event whose data is an ErrorReply.",
+        "required": ["data"],
+        "properties": {
+            "id": {"type": "string"},
+            "event": {"type": "string"},
+            "data": {
+                "anyOf": [
+                    {"const": "[DONE]"},
+                    {"type": "string", "contentMediaType": JSON, "contentSchema": data},
+                ]
+            },
+        },
+    }
 
 
 def _failures(operation: Operation) -> dict[int, str]:

@@ -67,6 +67,8 @@ def test_errors_and_keys_are_described(tmp_path):
     chat = paths["/v1/chat/completions"]["post"]
     assert set(chat["responses"]) >= {"200", "400", "401", "403", "404", "408", "413", "415", "429", "500", "503"}
     assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    event = chat["responses"]["200"]["content"]["text/event-stream"]["schema"]["properties"]["data"]
+    assert event["anyOf"][1]["contentSchema"]["anyOf"][0]["$ref"].endswith("/ChatCompletionChunk")
     assert chat["responses"]["429"]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorReply")
     assert paths["/health"]["get"]["security"] == []
     assert "security" not in chat  # the document's own: with a key, where the server asks for one

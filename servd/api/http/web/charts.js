@@ -81,7 +81,7 @@ export function drawHistogram(canvas, bounds, counts) {
     context.fillRect(i * step + 1, height - 15 - size, step - 2, count ? Math.max(size, 1) : 0);
     const label = i + low < bounds.length ? duration(bounds[i + low]) : "more";
     context.fillStyle = color("muted");
-    if (step > 36 || i % Math.ceil(36 / step) === 0) context.fillText(label, i * step + 2, height - 3);
+    if (step > 44 || i % Math.ceil(44 / step) === 0) context.fillText(label, i * step + 2, height - 3);
   });
 }
 

@@ -160,7 +160,7 @@ export class Chat {
       if (chunk.error) throw new ApiError(200, chunk.error);
       if (chunk.usage) turn.usage = chunk.usage;
       const choice = chunk.choices?.[0];
-      if (!choice) continue;
+      if (!choice || choice.index !== 0) continue; // more answers than one have no place here
       take(turn, choice);
       if (choice.delta.content || choice.delta.reasoning_content || choice.delta.tool_calls) {
         last = performance.now();

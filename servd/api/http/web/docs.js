@@ -76,8 +76,8 @@ function fill(detail, path, method, operation) {
 
 function replyNode(status, reply) {
   const kinds = Object.entries(reply.content ?? {}).map(([kind, media]) => {
-    const schema = media["x-event-schema"] ?? media.schema;
-    return element("div", {}, element("small", {}, kind + (media["x-event-schema"] ? ", each event" : "")), fields(schema, 0));
+    const data = media.schema.properties?.data?.anyOf?.[1].contentSchema.anyOf[0];
+    return element("div", {}, element("small", {}, kind + (data ? ", the data of each event" : "")), fields(data ?? media.schema, 0));
   });
   return element("details", { className: "nested" },
     element("summary", {}, `${status} `, element("span", { className: "kind" }, reply.description)), ...kinds);

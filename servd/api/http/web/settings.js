@@ -81,7 +81,7 @@ export function requestBody(messages, model) {
     body.response_format = { type: "json_schema", json_schema: { name: "answer", schema, strict: true } };
   }
   if (setting("tokens")) Object.assign(body, { logprobs: true, top_logprobs: 5 });
-  if (setting("extra").trim()) Object.assign(body, parsed("More fields, as JSON", setting("extra")));
+  if (setting("extra").trim()) Object.assign(body, parsed("More fields, as JSON", setting("extra")), { stream: true });
   return body;
 }
 
