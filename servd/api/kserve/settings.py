@@ -22,12 +22,17 @@ MAX_SALT_CHARS = 256
 _PATH = re.compile(r" - at `(?:key in `)?\$\.?(?P<path>[^`]*)`$")
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`", re.DOTALL)
 _SEQUENCE = ("sequence_id", "sequence_start", "sequence_end")
-_GUIDED = {
-    "guided_json": "json_schema",
-    "guided_regex": "regex",
-    "guided_choice": "choice",
-    "guided_grammar": "grammar",
-}
+_KINDS = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}  # vLLM's → ours
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the answer must be, as vLLM's newer clients say it; exactly one is set."""
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -67,6 +72,8 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    guided_decoding: StructuredOutputs | None = None  # the next one's older name
+    structured_outputs: StructuredOutputs | None = None
 
     def sampling_params(self, vocab_size: int, defaults: Mapping[str, Any]) -> SamplingParams:
         """The checked settings; `defaults` are the model's own. Raises InvalidRequestError naming the field."""
@@ -87,20 +94,30 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def guidance_param(self) -> str:
-        """The field that asks for a grammar; if none does, the first that could."""
-        return next((name for name in _GUIDED if getattr(self, name) is not None), "guided_json")
+        """The field that asks for a grammar; if none does, one that could."""
+        return next(iter(self._asked()), "structured_outputs")
+
+    def _asked(self) -> dict[str, tuple[str, Any]]:
+        """Field → (vLLM's word for the kind, what is asked), of all that ask for a grammar."""
+        asked = {f"guided_{kind}": (kind, getattr(self, f"guided_{kind}")) for kind in _KINDS}
+        for name in ("guided_decoding", "structured_outputs"):
+            if (outer := getattr(self, name)) is not None:
+                asked |= {f"{name}.{kind}": (kind, getattr(outer, kind)) for kind in (*_KINDS, "json_object")}
+        return {name: one for name, one in asked.items() if one[1] is not None and one[1] is not False}
 
     def _guidance(self) -> str | None:
-        set_names = [name for name in _GUIDED if getattr(self, name) is not None]
-        if not set_names:
+        asked = self._asked()
+        if not asked:
             return None
         name = self.guidance_param
-        if len(set_names) > 1:
-            raise InvalidRequestError(f"{' and '.join(set_names)} are set; allowed: one of them", param=name)
-        value = getattr(self, name)
-        if name == "guided_json" and isinstance(value, str):
+        if len(asked) > 1:
+            raise InvalidRequestError(f"{' and '.join(asked)} are set; allowed: one of them", param=name)
+        kind, value = asked[name]
+        if kind == "json_object":
+            return format_text(AnswerFormat("json_object", None, name))
+        if kind == "json" and isinstance(value, str):
             value = json_object(value, name)
-        return format_text(AnswerFormat(_GUIDED[name], value, name))  # type: ignore[arg-type]
+        return format_text(AnswerFormat(_KINDS[kind], value, name))  # type: ignore[arg-type]
 
 
 _LISTS = ("stop_token_ids", "allowed_token_ids", "bad_words")
@@ -153,11 +170,12 @@ def json_object(text: str | bytes, param: str) -> dict[str, Any]:
 
 def _named(message: str, values: Mapping[str, Any]) -> InvalidRequestError:
     """msgspec's message, with the field first."""
-    if unknown := _UNKNOWN.match(message):
-        name = unknown["name"][:100]
-        return InvalidRequestError(f"{name} is not a parameter that servd knows", param=name)
     found = _PATH.search(message)
-    field = re.split(r"[.\[]", found["path"])[0] if found else "parameters"
+    path = found["path"] if found else ""
     fact = message[: found.start()] if found else message
+    if unknown := _UNKNOWN.match(fact):
+        name = f"{path}.{unknown['name']}"[-100:] if path else unknown["name"][:100]
+        return InvalidRequestError(f"{name} is not a parameter that servd knows", param=name)
+    field = re.split(r"[.\[]", path)[0] or "parameters"
     shown = repr(values.get(field))[:100]
     return InvalidRequestError(f"{field} is {shown}: {fact[0].lower()}{fact[1:]}", param=field)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 import servd
 from servd.api.grpc._pb.inference import grpc_service_pb2 as pb
+from servd.api.kserve.settings import settings_from
+from servd.engine import guidance
 from tests.api.grpc.grpc_helpers import MODEL, error_of, run, served
 from tests.api.grpc.kserve_helpers import outputs_of, request_of, streamed, stub_of
 
@@ -190,3 +193,26 @@ def test_statistics_count_what_was_answered(tmp_path: Path) -> None:
             assert stats.inference_stats.success.ns > 0
 
     run(test)
+
+
+ASKED: dict[str, tuple[dict[str, Any], str]] = {
+    "guided_json text": ({"guided_json": '{"type": "object"}'}, guidance.from_json_schema({"type": "object"})),
+    "guided_json": ({"guided_json": {"type": "object"}}, guidance.from_json_schema({"type": "object"})),
+    "guided_regex": ({"guided_regex": "a+"}, guidance.from_regex("a+")),
+    "guided_choice": ({"guided_choice": ["a", "b"]}, guidance.from_choice(["a", "b"])),
+    "guided_grammar": ({"guided_grammar": 'start: "a"'}, guidance.from_lark('start: "a"')),
+    "guided_decoding": ({"guided_decoding": {"choice": ["a"]}}, guidance.from_choice(["a"])),
+    "structured_outputs": (
+        {"structured_outputs": {"json_object": True}}, guidance.from_json_schema(guidance.ANY_JSON_OBJECT)
+    ),
+    "nothing": ({"structured_outputs": {"json_object": False}}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_each_way_to_ask_for_a_form_becomes_a_grammar(case: str) -> None:
+    values, grammar = ASKED[case]
+    settings = settings_from(values)
+    assert (settings.sampling_params(257, {}).guidance or "") == grammar
+    if grammar:
+        assert settings.guidance_param.split(".")[0] in values

@@ -124,6 +124,15 @@ WRONG: dict[str, tuple[Any, Code, str]] = {
     ),
     "a grammar that cannot be followed": (request_of(guided_regex="("), Code.INVALID_ARGUMENT, "guided_regex"),
     "a schema that is no JSON": (request_of(guided_json="{"), Code.INVALID_ARGUMENT, "guided_json"),
+    "an inner grammar": (
+        request_of(structured_outputs={"regex": "("}), Code.INVALID_ARGUMENT, "structured_outputs.regex"
+    ),
+    "two inner grammars": (
+        request_of(guided_decoding={"regex": "a", "json_object": True}), Code.INVALID_ARGUMENT, "guided_decoding.regex"
+    ),
+    "no grammar's name": (
+        request_of(structured_outputs={"yaml": "a"}), Code.INVALID_ARGUMENT, "structured_outputs.yaml"
+    ),
     "two grammars": (request_of(guided_regex="a", guided_grammar="b"), Code.INVALID_ARGUMENT, "guided_regex"),
     "a stream in one reply": (request_of(flags={"stream": True}), Code.INVALID_ARGUMENT, "stream"),
     "a stream with its input": (
