@@ -11,7 +11,7 @@ from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-MAX_GRAMMAR_BYTES = 256 << 10  # of the text
+MAX_GRAMMAR_CHARS = 256 << 10  # of the text
 MAX_ITEMS_IN_ROW = 600  # taking in one token holds the GIL for their square: 8 ms at 600, 200 ms at the library's 2,000
 MAX_CHOICES = 128  # properties of one object that may be left out: each takes 4 items of a row
 # Fuel is the library's unit of work, near 14,000 a millisecond in a step; a lexer state takes 1 to 2 KB.
@@ -42,7 +42,7 @@ def load_vocabulary(path: Path, vocab_size: int, eos_token_ids: Sequence[int]) -
 
 
 def compile_grammar(text: str, vocabulary: LLTokenizer) -> LLMatcher:
-    """A matcher at the beginning of an answer; deep_copy() it for each. Releases the GIL. Raises GrammarError."""
+    """A matcher at the beginning of an answer, for one answer alone. Releases the GIL. Raises GrammarError."""
     matcher = LLMatcher(vocabulary, text, log_level=0, limits=LIMITS)
     check(matcher)
     return matcher

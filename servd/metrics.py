@@ -64,9 +64,7 @@ class Metrics:
         self.step_time = Histogram(
             "servd_step_seconds", "Computation of one step, in the worker", buckets=_LATENCY, registry=registry
         )
-        self.prompt_tokens = Counter(
-            "servd_prompt_tokens", "Prompt tokens of requests that started", registry=registry
-        )
+        self.prompt_tokens = Counter("servd_prompt_tokens", "Prompt tokens of requests that started", registry=registry)
         self.generation_tokens = Counter("servd_generation_tokens", "Tokens generated", registry=registry)
         self.prefix_cache_queries = Counter(
             "servd_prefix_cache_queries", "Tokens looked up in the prefix cache", registry=registry

@@ -303,7 +303,9 @@ class FakeExecutor(Executor):
                 return token_id
         held_back = request.stop_token_ids if request.num_output_tokens < request.params.min_tokens else []
         token_id = self._reply_token(request)
-        return ord(".") if token_id in held_back else token_id
+        token_id = ord(".") if token_id in held_back else token_id
+        allowed = request.params.allowed_token_ids
+        return token_id if allowed is None or token_id in allowed else min(allowed)
 
     def _reply_token(self, request: FakeRequest) -> int:
         for part, reply in self.replies.items():

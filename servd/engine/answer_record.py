@@ -42,12 +42,11 @@ class AnswerRecord:
     """The story of one answer. Times are time.monotonic() seconds inside, seconds since arrival outside."""
 
     __slots__ = (
-        "_gaps", "_num_gaps", "_phase", "_phase_since", "_unread_since", "_waits_before", "arrival", "batch_max",
-        "batch_min", "batch_sum", "chunks", "created", "finish_reason", "finished_at", "first_token", "gap_waits",
-        "index", "interrupted_by", "last_token", "longest_gap", "num_cached_tokens", "num_chunks",
-        "num_decode_steps", "num_output_tokens", "num_preemptions", "num_prompt_tokens", "num_stalls",
-        "num_steps", "num_worker_deaths", "preemptions", "seconds", "stalls", "unread_seconds",
-        "waits", "waits_for_first",
+        "_gaps", "_last_step_id", "_num_gaps", "_phase", "_phase_since", "_unread_since", "_waits_before", "arrival",
+        "batch_max", "batch_min", "batch_sum", "chunks", "created", "finish_reason", "finished_at", "first_token",
+        "gap_waits", "index", "interrupted_by", "last_token", "longest_gap", "num_cached_tokens", "num_chunks",
+        "num_decode_steps", "num_output_tokens", "num_preemptions", "num_prompt_tokens", "num_stalls", "num_steps",
+        "num_worker_deaths", "preemptions", "seconds", "stalls", "unread_seconds", "waits", "waits_for_first",
     )  # fmt: skip
 
     def __init__(
@@ -77,6 +76,7 @@ class AnswerRecord:
         self.gap_waits: dict[str, float] = {}  # the part since the last token
         self._phase = "queued"
         self._waits_before: dict[str, float] | None = waits
+        self._last_step_id = -1  # of a search
         self._gaps = array("d")
         self._num_gaps = 0
 
@@ -84,6 +84,10 @@ class AnswerRecord:
 
     def started(self, now: float, waits: Mapping[str, float]) -> None:
         """It is in a step: for the first time, or again."""
+        self._leave_queue(now, waits)
+        self._enter("prefill" if self._phase == "queued" else "recompute", now)
+
+    def _leave_queue(self, now: float, waits: Mapping[str, float]) -> None:
         found = self._waited(now, waits)
         for cause, seconds in found.items():
             self.waits[cause] = self.waits.get(cause, 0.0) + seconds
@@ -92,16 +96,13 @@ class AnswerRecord:
         if self._phase == "queued" and queued > STALL_SECONDS:
             self._stall(self._phase_since, queued, max(found, key=lambda cause: found[cause], default="next_step"), {})
         self._waits_before = None
-        self._enter("prefill" if self._phase == "queued" else "recompute", now)
 
     def stopped(self, reason: str, now: float, waits: dict[str, float]) -> None:
         """Its blocks were taken: `reason` is "blocks", "worker_died" or "step_failed"."""
         self._waits_before = waits
         if reason == "blocks":
             self.interrupted_by = self.interrupted_by or "preempted"
-            self.num_preemptions += 1
-            if len(self.preemptions) < MAX_ENTRIES:
-                self.preemptions.append((now, reason))
+            self._count_preemption(now)
             self._enter("preempted", now)
             return
         self.interrupted_by = "worker_restarted" if reason == "worker_died" else "step_failed"
@@ -110,11 +111,7 @@ class AnswerRecord:
 
     def step(self, update: Update, step: StepFact, history: Iterable[StepFact]) -> None:
         """A step of it ended; `history`: the last steps, newest first."""
-        size = step.num_reqs
-        self.num_steps += 1
-        self.batch_sum += size
-        self.batch_max = max(self.batch_max, size)
-        self.batch_min = min(self.batch_min, size) if self.num_steps > 1 else size
+        self._count_step(step.num_reqs)
         count = len(update.new_token_ids)
         if update.num_computed > 1 or not count:
             self.num_chunks += 1
@@ -134,6 +131,35 @@ class AnswerRecord:
             self.interrupted_by, self.gap_waits = None, {}
             if self._phase != "decode":
                 self._enter("decode", step.end)
+
+    def _count_step(self, size: int) -> None:
+        self.num_steps += 1
+        self.batch_sum += size
+        self.batch_max = max(self.batch_max, size)
+        self.batch_min = min(self.batch_min, size) if self.num_steps > 1 else size
+
+    def search_started(self, now: float, waits: Mapping[str, float]) -> None:
+        """A request of the beam search that this answer comes from is in a step."""
+        if self._phase == "queued":
+            self.waits_for_first = False
+            self._leave_queue(now, waits)
+            self._enter("search", now)
+
+    def search_step(self, step: StepFact) -> None:
+        """A step ended that held one of the search's beams; it is counted once."""
+        if step.step_id != self._last_step_id:
+            self._last_step_id = step.step_id
+            self._count_step(step.num_reqs)
+
+    def beam_stopped(self, reason: str, now: float) -> None:
+        """A beam lost its blocks."""
+        if reason == "blocks":
+            self._count_preemption(now)
+
+    def _count_preemption(self, now: float) -> None:
+        self.num_preemptions += 1
+        if len(self.preemptions) < MAX_ENTRIES:
+            self.preemptions.append((now, "blocks"))
 
     def unread(self, since: float, seconds: float) -> None:
         """What was ready at `since` was fetched only after so long."""
@@ -237,7 +263,7 @@ class AnswerRecord:
             "time_to_first_token_seconds": first,
             "prompt_tokens": self.num_prompt_tokens,
             "cached_tokens": self.num_cached_tokens,
-            "output_tokens": self.num_output_tokens,
+            "output_tokens": None if "search" in phases else self.num_output_tokens,  # a search has them at its end
             "num_steps": self.num_steps,
             "batch_size": None if not self.num_steps else {
                 "min": self.batch_min, "mean": self.batch_sum / self.num_steps, "max": self.batch_max

@@ -273,6 +273,10 @@ class AsyncEngine:
         core.wake()
         return stream
 
+    def _end_after(self, delay: float, request_id: str) -> asyncio.TimerHandle:
+        error = DeadlineExceededError(f"the deadline of {delay:g} s passed")
+        return asyncio.get_running_loop().call_later(max(delay, 0), self._end, request_id, FinishReason.DEADLINE, error)
+
     async def check_guidance(self, params: SamplingParams, *, param: str = "guidance") -> None:
         """Raise InvalidRequestError, blaming `param`, unless answers can follow the grammar that `params` may have."""
         await self.inputs.check_guidance(params, param)

@@ -23,7 +23,7 @@ from servd.engine.json_schema import OWN_KEYWORD, check_keywords
 from servd.errors import InvalidRequestError, OverloadedError, UnsupportedError
 from servd.grammar import (
     LIMITS,
-    MAX_GRAMMAR_BYTES,
+    MAX_GRAMMAR_CHARS,
     GrammarError,
     compile_grammar,
     fill_mask,
@@ -170,9 +170,9 @@ def _check_schemas(text: str) -> None:
 
 
 def _check_size(text: str, param: str) -> None:
-    if len(text) > MAX_GRAMMAR_BYTES:
+    if len(text) > MAX_GRAMMAR_CHARS:
         raise InvalidRequestError(
-            f"{param} has {len(text)} characters as a grammar; allowed: at most {MAX_GRAMMAR_BYTES}", param=param
+            f"{param} has {len(text)} characters as a grammar; allowed: at most {MAX_GRAMMAR_CHARS}", param=param
         )
 
 

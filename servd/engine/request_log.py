@@ -124,8 +124,16 @@ class RequestLog:
         if plan.new_requests:
             waits = self._waits_now()
             for new in plan.new_requests:
-                if (found := self._live.get(new.request_id)) is not None:
+                found = self._live.get(new.request_id) or self._first_of_search(new.request_id)
+                if found is not None:
                     found[1].started(now, waits)
+                for record in self._searched_for(new.request_id):
+                    record.search_started(now, waits)
+
+    def _first_of_search(self, request_id: str) -> tuple[_Call, AnswerRecord] | None:
+        """Whose first beam this is (see BeamSearches), if that is what it is."""
+        answer_id, _, number = request_id.rpartition(".")
+        return self._live.get(answer_id) if number == "0" else None
 
     def waits_for(self, cause: str) -> None:
         """What keeps the head of the queue from starting, from now on."""
@@ -136,7 +144,9 @@ class RequestLog:
     def stopped(self, request: Request, reason: str) -> None:
         """A running request lost its blocks; it waits again."""
         if (found := self._live.get(request.request_id)) is not None:
-            found[1].stopped(reason, self._clock(), dict(self._waits_now()))
+            found[1].stopped(reason, self._clock(), self._waits_now())
+        for record in self._searched_for(request.request_id):
+            record.beam_stopped(reason, self._clock())
 
     def steps_lost(self, *, workers_lost: bool) -> None:
         """The steps in flight have no results."""
@@ -158,6 +168,15 @@ class RequestLog:
         for update in updates:
             if (found := self._live.get(update.request.request_id)) is not None:
                 found[1].step(update, step, self._steps)
+            for record in self._searched_for(update.request.request_id):
+                record.search_step(step)
+
+    def _searched_for(self, request_id: str) -> list[AnswerRecord]:
+        """The answers that a beam search's own request, named ANSWER.NUMBER, works for; none for other requests."""
+        if request_id in self._live:
+            return []
+        found = self._live.get(request_id.rpartition(".")[0])
+        return [] if found is None else found[0].answers
 
     def _waits_now(self) -> dict[str, float]:
         """Seconds since the start that the queue's head has waited, or would have, by cause."""

@@ -11,6 +11,10 @@ from servd.cache.kv_cache_manager import Allocation
 from servd.outputs import NewRequestData, ScheduledRequests, SchedulerOutput, TokenLogprobs
 from servd.request import FinishReason, Request
 
+# Tokens after a death that count as "further". The replay's one prefill gives the first: a request that kills in
+# decode steps alone would never be found by it.
+TOKENS_PAST_A_DEATH = 2
+
 
 @dataclass(slots=True)
 class Share:
@@ -37,6 +41,29 @@ class Update:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
+
+    def append_tokens(self, token_ids: list[int], logprobs: list[TokenLogprobs]) -> None:
+        """Add sampled tokens to the request, up to the one that ends it."""
+        request, output_token_ids = self.request, self.request.output_token_ids
+        for token_id in token_ids:
+            output_token_ids.append(token_id)
+            self.new_token_ids.append(token_id)
+            if _ends_with(request, token_id):
+                self.finish_reason = FinishReason.STOP
+                self.stop_token_id = token_id
+                break
+            if request.num_tokens >= request.max_total_tokens:
+                self.finish_reason = FinishReason.LENGTH
+                break
+        self.logprobs = logprobs[: len(self.new_token_ids)]
+        if len(output_token_ids) >= request.num_output_tokens_at_death + TOKENS_PAST_A_DEATH:
+            request.num_worker_deaths = 0  # it got past the point where the workers died
+
+
+def _ends_with(request: Request, token_id: int) -> bool:
+    params = request.sampling_params
+    is_end = token_id in request.eos_token_ids and not params.ignore_eos
+    return (is_end or token_id in params.stop_token_ids) and len(request.output_token_ids) >= params.min_tokens
 
 
 class Plan:

@@ -12,7 +12,7 @@ from itertools import count
 
 from servd.cache.kv_cache_manager import Allocation, KVCacheManager
 from servd.config import SchedulerConfig
-from servd.outputs import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
+from servd.outputs import ModelRunnerOutput, SchedulerOutput
 from servd.request import FinishReason, Request, RequestStatus
 from servd.scheduler.plan import Plan, Share, Update
 from servd.scheduler.policies import POLICIES
@@ -21,9 +21,6 @@ from servd.scheduler.queue import RequestQueue
 # A request in whose steps the workers died (or the step failed) this often, and which got no further in between, runs
 # in steps of its own; once more, and it is failed.
 DEATHS_BEFORE_QUARANTINE = 2
-# Tokens after a death that count as "further". The replay's one prefill gives the first: a request that kills in
-# decode steps alone would never be found by it.
-TOKENS_PAST_A_DEATH = 2
 GIVEN_UP = "the model worker failed each time it computed this request"
 
 
@@ -102,11 +99,11 @@ class Scheduler:
             budget = self._schedule_running(plan, budget, list(self.running))
             if self.num_preemptions == preemptions:  # else the blocks just freed would go straight back
                 self._schedule_waiting(plan, budget)
-                if not plan.shares and not self._inflight and self._release_held():
-                    self._schedule_waiting(plan, budget)  # nothing else could ever make room
             else:
                 self.waiting_for = "blocks"
         if not plan.shares:
+            if not self._inflight and self.requests and self._release_held():
+                return self.schedule()  # nothing else could ever make room
             return None  # ids in `_dropped` go with the next plan that has work
         if self.config.num_speculative_tokens:
             self._grant_drafts(plan)
@@ -354,7 +351,7 @@ class Scheduler:
                 if share.samples:
                     token_ids = sampled.get(request_id, [])
                     assert token_ids or request.sampling_params.is_constrained, f"{request} got no token"
-                    self._append_tokens(update, token_ids, output.logprobs.get(request_id, []))
+                    update.append_tokens(token_ids, output.logprobs.get(request_id, []))
                     num_computed = request.num_tokens - 1  # right drafts were computed, wrong ones count for nothing
                 elif share.num_computed_after >= request.max_total_tokens:
                     update.finish_reason = FinishReason.LENGTH  # max_tokens is 0: only the prompt was wanted
@@ -368,30 +365,6 @@ class Scheduler:
                 self._finish(request, update.finish_reason)
             updates.append(update)
         return updates
-
-    def _append_tokens(self, update: Update, token_ids: list[int], logprobs: list[TokenLogprobs]) -> None:
-        """Add sampled tokens to the request, up to the one that ends it."""
-        request, output_token_ids = update.request, update.request.output_token_ids
-        for token_id in token_ids:
-            output_token_ids.append(token_id)
-            update.new_token_ids.append(token_id)
-            if self._ends_with(request, token_id):
-                update.finish_reason = FinishReason.STOP
-                update.stop_token_id = token_id
-                break
-            if request.num_tokens >= request.max_total_tokens:
-                update.finish_reason = FinishReason.LENGTH
-                break
-        update.logprobs = logprobs[: len(update.new_token_ids)]
-        if len(output_token_ids) >= request.num_output_tokens_at_death + TOKENS_PAST_A_DEATH:
-            request.num_worker_deaths = 0  # it got past the point where the workers died
-
-    def _ends_with(self, request: Request, token_id: int) -> bool:
-        params = request.sampling_params
-        if params.guidance is not None and token_id in request.eos_token_ids:
-            return True  # sampled only where the grammar is complete
-        is_end = token_id in request.eos_token_ids and not params.ignore_eos
-        return (is_end or token_id in params.stop_token_ids) and len(request.output_token_ids) >= params.min_tokens
 
     def recover(self, *, workers_lost: bool) -> list[Update]:
         """The steps in flight are lost: every running request starts again from the tokens it has.

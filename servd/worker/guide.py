@@ -48,8 +48,7 @@ class Guide:
         `answer` holds all of its tokens so far. What follows a guess that is ruled out stays as it is: it cannot come
         to be sampled. Raises GrammarError if the grammar meets a limit, or the answer does not follow it.
         """
-        self._consume(answer[self._num_consumed :])
-        self._num_consumed = len(answer)
+        self._catch_up(answer)
         tail = self._forbidden.tail if self._forbidden is not None else b""
         num_in_matcher = self._num_in_matcher
         for i, mask in enumerate(masks):
@@ -62,6 +61,21 @@ class Guide:
             self._num_in_matcher = num_in_matcher
         if self._forbidden is not None:
             self._forbidden.tail = tail
+
+    def forced(self, answer: Sequence[int]) -> list[int]:
+        """The tokens that the grammar leaves no choice about behind the `answer`: guesses that are nearly always right.
+
+        Like all guesses they are only what is computed ahead: others that spell the same text stay allowed. Raises
+        GrammarError.
+        """
+        self._catch_up(answer)
+        if self._matcher is None or self._matcher.is_stopped():
+            return []
+        return self._matcher.compute_ff_tokens()
+
+    def _catch_up(self, answer: Sequence[int]) -> None:
+        self._consume(answer[self._num_consumed :])
+        self._num_consumed = len(answer)
 
     def _consume(self, token_ids: Sequence[int]) -> None:
         for token_id in token_ids if self._matcher is not None else ():

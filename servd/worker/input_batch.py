@@ -216,7 +216,18 @@ class InputBatch:
             most = np.minimum(granted, self._max_total_tokens[rows] - num_tokens - 1)
             most[[not self._guides.may_draft(row) for row in rows.tolist()]] = 0
             counts[samples] = self._drafter.draft(rows, most, self._tokens, num_tokens)
+            self._draft_forced(rows, np.flatnonzero(samples), most, counts)
         return counts
+
+    def _draft_forced(self, rows: Int64s, indices: Int64s, most: Int64s, counts: Int64s) -> None:
+        """Put what grammars force in the place of guesses that do not begin so: they are computed in any case."""
+        for i, row, room in zip(indices.tolist(), rows.tolist(), most.tolist(), strict=True):
+            if room > 0 and row in self._guides:
+                end = int(self._num_tokens[row])
+                forced = self._guides.forced(row, self._tokens, end)[:room]
+                if self._tokens[row, end : end + min(len(forced), counts[i])].tolist() != forced:
+                    self._tokens[row, end : end + len(forced)] = forced
+                    counts[i] = len(forced)
 
     def num_right(self, packed: PackedBatch, token_ids: Int64s, failed: list[int]) -> Int64s:
         """[num_sampling_reqs] how many drafts of each request are what was sampled in their place.

@@ -1,14 +1,13 @@
 """Masks of what constrained requests may be given, made on threads of their own while the model runs.
 
-Owns guides by row of the input batch, and the grammars compiled lately. A request whose grammar or mask is not ready in
-time gets no token in that step, and is planned again; the others never wait for it. Knows nothing of logits.
+Owns guides by row of the input batch. A request whose grammar or mask is not ready in time gets no token in that step,
+and is planned again; the others never wait for it. Knows nothing of logits.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -17,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+import torch
+from llguidance import LLTokenizer
 
-from servd.grammar import GrammarError, compile_grammar, load_vocabulary
+from servd.grammar import GrammarError, compile_grammar, fill_mask, load_vocabulary
 from servd.outputs import NewRequestData
 from servd.worker.forbidden_texts import ForbiddenTexts, Int32s, TokenBytes
 from servd.worker.guide import Constraints, Guide
 
 logger = logging.getLogger(__name__)
 
-MAX_COMPILED = 128  # grammars kept
-MAX_COMPILED_BYTES = 4 << 20  # of their texts; what the library makes of one is some ten times as large
 SLOW_SECONDS = 0.002  # a mask that takes longer is made apart, so that others do not queue behind it
+MASKS_PER_THREAD = 8  # fewer are not worth a thread
+MAX_MASK_THREADS = 8
 PATIENCE = 0.02  # seconds that a step waits for its masks, once the model has run; all of them take 5 ms at 64 rows
 PATIENCE_ALONE = 0.05  # if nobody else gets anything from the step
 
@@ -85,13 +85,12 @@ class StepMasks:
     bounds: list[int]
     num_words: int
     entries: dict[int, _Entry] = field(default_factory=dict)
-    quick: Future[None] | None = None
+    quick: list[Future[None]] = field(default_factory=list)
     slow: list[Future[None]] = field(default_factory=list)
 
     def collect(self, *, is_alone: bool) -> Masks:
         """Wait a moment for what is not there. `is_alone`: nobody else gets anything from this step."""
-        if self.quick is not None:
-            wait([self.quick], PATIENCE)
+        wait(self.quick, PATIENCE)
         if is_alone:
             late: list[Future[Any]] = [e.constraints for e in self.entries.values() if e.guide is None]
             wait(late + self.slow, PATIENCE_ALONE)
@@ -125,7 +124,8 @@ class Guides:
         self._compiler = _Compiler(vocab_size, tokenizer_path)
         self._entries: dict[int, _Entry] = {}
         self._building = ThreadPoolExecutor(1, thread_name_prefix="servd-grammar")
-        self._quick = ThreadPoolExecutor(1, thread_name_prefix="servd-masks")
+        self._num_mask_threads = max(1, min(MAX_MASK_THREADS, torch.get_num_threads() // 2))
+        self._quick = ThreadPoolExecutor(self._num_mask_threads, thread_name_prefix="servd-masks")
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="servd-slow-masks")
 
     def add(self, row: int, new: NewRequestData) -> None:
@@ -146,6 +146,16 @@ class Guides:
         """Whether guesses of the row can be judged in this step: not while an earlier mask of it is in the making."""
         entry = self._entries.get(row)
         return entry is None or (entry.job is None and entry.constraints.done())
+
+    def forced(self, row: int, tokens: Int32s, num_tokens: int) -> list[int]:
+        """What the row's grammar leaves no choice about behind its `num_tokens` known tokens; often empty."""
+        entry = self._entries.get(row)
+        if entry is None or entry.guide is None or entry.job is not None or entry.is_slow:
+            return []
+        try:
+            return entry.guide.forced(tokens[row, entry.new.num_prompt_tokens : num_tokens].tolist())
+        except GrammarError:
+            return []  # its mask will say so
 
     def begin(
         self, rows: Sequence[int], bounds: list[int], tokens: Int32s, num_tokens: Sequence[int]
@@ -174,8 +184,8 @@ class Guides:
                 step.slow.append(self._slow.submit(entry.job.run))
             else:
                 quick.append(entry.job)
-        if quick:
-            step.quick = self._quick.submit(_run_all, quick)
+        num_parts = min(self._num_mask_threads, -(-len(quick) // MASKS_PER_THREAD))
+        step.quick = [self._quick.submit(_run_all, quick[part::num_parts]) for part in range(num_parts)]
         return step if step.entries else None
 
 
@@ -185,35 +195,29 @@ def _run_all(jobs: list[_Job]) -> None:
 
 
 class _Compiler:
-    """Makes constraints, on one thread; remembers what it compiled lately."""
+    """Makes constraints, on one thread.
+
+    Each request gets a matcher compiled for it (1 ms for most): copies of one share the library's lexer, so that a
+    request could use up the states that another one needs, and would fail or not depending on who ran before.
+    """
 
     def __init__(self, vocab_size: int, tokenizer_path: Path | None) -> None:
         self._vocab_size = vocab_size
         self._tokenizer_path = tokenizer_path
         self._eos_token_ids: list[int] = []
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # the last used last
-        self._num_bytes = 0
 
     def build(self, new: NewRequestData) -> Constraints:
         """Raises GrammarError."""
         params = new.sampling_params
         self._eos_token_ids = new.eos_token_ids  # of every request the same
-        return Constraints(
-            None if params.guidance is None else self._matcher(params.guidance),
-            ForbiddenTexts(params.bad_words, self._token_bytes) if params.bad_words else None,
-        )
-
-    def _matcher(self, text: str) -> LLMatcher:
-        known = self._compiled.get(text)
-        if known is None:
-            known = compile_grammar(text, self._vocabulary)
-            self._compiled[text] = known
-            self._num_bytes += len(text)
-            while len(self._compiled) > MAX_COMPILED or self._num_bytes > MAX_COMPILED_BYTES:
-                self._num_bytes -= len(self._compiled.popitem(last=False)[0])
-        else:
-            self._compiled.move_to_end(text)
-        return known.deep_copy()
+        constraints = Constraints()
+        if params.guidance is not None:
+            constraints.matcher = compile_grammar(params.guidance, self._vocabulary)
+            # The first mask takes longest, and is found again.
+            fill_mask(constraints.matcher, np.zeros(-(-self._vocab_size // 32), np.int32))
+        if params.bad_words:
+            constraints.forbidden = ForbiddenTexts(params.bad_words, self._token_bytes)
+        return constraints
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:

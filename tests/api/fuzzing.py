@@ -39,7 +39,8 @@ class BodyMaker:
         else:
             value = self.of_type(mi.type_info(kind), 0)
             if isinstance(value, dict) and draw < 0.8:  # what is needed to get past the first checks
-                value = {k: v for k, v in value.items() if self.random.random() < 0.5} | least
+                share = self.random.choice((0.0, 0.2, 0.5))
+                value = {k: v for k, v in value.items() if self.random.random() < share} | least
         data = json.dumps(value, ensure_ascii=self.random.random() < 0.5).encode(errors="surrogatepass")
         return self.mutated(data) if self.random.random() < 0.33 else data
 

@@ -10,7 +10,8 @@ import importlib
 import json
 import pkgutil
 import random
-from collections import Counter
+import re
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,14 @@ LEAST: dict[str, dict[str, Any]] = {
     "/v1/embeddings": {"input": "x"},
     "/v1/messages": {"messages": MESSAGES, "max_tokens": 3},
     "/v1/messages/count_tokens": {"messages": MESSAGES},
-    "/v1/responses": {"input": "x", "store": False},
+    "/v1/responses": {"input": "x"},
+    "/v1/responses/input_tokens": {"input": "x"},
     "/v1/prefixes": {"text": "x" * 40, "ttl_seconds": 1},
     "/v2/models/{model}/infer": {"inputs": [TENSOR]},
     "/v2/models/{model}/generate": {"text_input": "x"},
     "/v2/models/{model}/generate_stream": {"text_input": "x"},
 }  # what gets past the first checks, where it is known
+ID = re.compile(rb'"id": ?"([A-Za-z0-9._-]{1,80})"')
 PATH_VALUES = ("fake", "fake", "fake", "nothing", "..%2f..%2fetc%2fpasswd", "%00", "a:b:c", "x" * 300, "%E2%98%83")
 HEADERS: tuple[dict[str, str], ...] = (
     {}, {"Content-Type": "application/json"}, {"Content-Type": "text/plain; charset=utf-16"}, {"Accept": "x/y"},
@@ -83,6 +86,7 @@ class Fuzzer:
         self.all_types = body_types()
         self.statuses: Counter[int] = Counter()
         self.answered: set[str] = set()  # routes that took a body
+        self.ids: deque[str] = deque(maxlen=8)  # of answers, prefixes and streams that were made a moment ago
         self.problems: list[str] = []
 
     async def send(self) -> None:
@@ -91,9 +95,11 @@ class Fuzzer:
         method, path, kinds = self.random.choice(posts if self.random.random() < 0.9 else self.endpoints)
         kind = self.random.choice(kinds if kinds and self.random.random() < 0.95 else self.all_types)
         route = f"{method} {path}"
-        body = self.make.body(kind, LEAST.get(path, {})) if method != "GET" else b""
+        least = LEAST.get(path.replace("/versions/{version}", ""), {})
+        body = self.make.body(kind, least) if method != "GET" else b""
         for name in [part for part in path.split("/") if part.startswith("{")]:
-            path = path.replace(name, self.random.choice(PATH_VALUES))
+            values = [*PATH_VALUES, *self.ids] if name != "{version}" else ["1", "1", *PATH_VALUES]
+            path = path.replace(name, self.random.choice(values))
         headers = {} if self.random.random() < 0.7 else self.random.choice(HEADERS)
         shown = f"{method} {path} {headers} {body[:2000]!r}"
         try:
@@ -105,6 +111,7 @@ class Fuzzer:
         self.statuses[status] += 1
         if status == 200:
             self.answered.add(route)
+            self.ids += [found.decode() for found in ID.findall(text)]
         if status >= 500 or b"Traceback" in text or b"site-packages" in text:
             self.problems.append(f"{status} {text[:500]!r}: {shown}")
 

@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+import uvloop
 
 from servd.api import tls
 from servd.api.grpc._pb.servd.v1 import inference_pb2 as pb
@@ -99,7 +100,7 @@ def test_both_fronts_speak_tls_and_nothing_else(tmp_path: Path, authority: Autho
             _, answer = await serial_and_answer(port, client_context(authority))
             assert answer.startswith(b"HTTP/1.1 200")
 
-    asyncio.run(main())
+    uvloop.run(main())
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
@@ -116,7 +117,7 @@ def test_old_versions_are_refused(tmp_path: Path, authority: Authority, version:
                 with pytest.raises((ssl.SSLError, ConnectionError)):
                     await serial_and_answer(port, context)
 
-    asyncio.run(main())
+    uvloop.run(main())
     assert TlsFiles(cert, key).make_context().minimum_version >= ssl.TLSVersion.TLSv1_2
 
 
@@ -138,7 +139,7 @@ def test_clients_must_show_a_certificate_where_that_is_asked_for(tmp_path: Path,
                 with pytest.raises(grpc.aio.AioRpcError):
                     await grpc_models(grpc_port, authority, identity)
 
-    asyncio.run(main())
+    uvloop.run(main())
 
 
 def test_certificates_are_read_again_when_they_change(
@@ -167,7 +168,7 @@ def test_certificates_are_read_again_when_they_change(
             assert await grpc_models(grpc_port, authority) == 1
             key.write_text(good)
 
-    asyncio.run(main())
+    uvloop.run(main())
 
 
 def test_an_authority_that_is_taken_out_lets_nobody_in(
@@ -195,7 +196,7 @@ def test_an_authority_that_is_taken_out_lets_nobody_in(
                     await asyncio.sleep(0.01)
             assert not await answers(port, ours)
 
-    asyncio.run(main())
+    uvloop.run(main())
 
 
 def test_files_that_cannot_be_used_are_told_in_one_line(

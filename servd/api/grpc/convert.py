@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 from google.protobuf import json_format
 
-from servd.api.answer_format import grammar_of
 from servd.api.chat.call import AnswerFormat, Tool, ToolChoice
-from servd.api.conversation import check_num_messages, template_role
+from servd.api.chat.tools import check_json, format_text
+from servd.api.conversation import MAX_TEMPLATE_VALUES, check_num_messages, check_template_names, template_role
 from servd.api.grpc._pb.servd.v1 import inference_pb2 as pb
-from servd.errors import InvalidRequestError, UnsupportedError
+from servd.errors import InvalidRequestError
 from servd.sampling_params import SamplingParams
 
 MAX_SALT_CHARS = 256
@@ -25,6 +25,13 @@ _OPTIONAL_FIELDS = tuple(
     field.name for field in pb.SamplingParams.DESCRIPTOR.fields
     if field.containing_oneof is not None and field.containing_oneof.name == f"_{field.name}"
 )  # fmt: skip
+
+_EARLY_STOPPING: dict[int, bool | str] = {
+    pb.EARLY_STOPPING_UNSPECIFIED: False,
+    pb.EARLY_STOPPING_HEURISTIC: False,
+    pb.EARLY_STOPPING_FIRST: True,
+    pb.EARLY_STOPPING_NEVER: "never",
+}
 
 _TOOL_MODES = {
     pb.ToolChoice.MODE_UNSPECIFIED: "auto",
@@ -48,17 +55,21 @@ def or_true(request: Any, field: str) -> bool:
     return value if request.HasField(field) else True
 
 
-def sampling_params_from(message: pb.SamplingParams, defaults: Mapping[str, float | None]) -> SamplingParams:
-    """Sampling settings of a call; what the client did not set is taken from `defaults`, then from SamplingParams.
+def sampling_params_from(
+    message: pb.SamplingParams, defaults: Mapping[str, Any], *, max_tokens: int | None
+) -> SamplingParams:
+    """Sampling settings of a call; what the client did not set is taken from `defaults`, the model's own.
 
-    `guidance` is left to `answer_format_from`. Raises UnsupportedError.
+    A beam search does not sample: they are not for it. `guidance` is left to `answer_format_from`. Raises
+    InvalidRequestError.
     """
-    settings: dict[str, Any] = {**defaults}
+    settings: dict[str, Any] = {"max_tokens": max_tokens, **({} if message.use_beam_search else defaults)}
     settings |= {name: getattr(message, name) for name in _OPTIONAL_FIELDS if message.HasField(name)}
-    if message.early_stopping:
-        settings["early_stopping"] = message.early_stopping
-    for name in settings.keys() - set(SamplingParams.__struct_fields__):
-        raise UnsupportedError(f"{name} is set; servd does not honour it", param=f"sampling_params.{name}")
+    if message.early_stopping not in _EARLY_STOPPING:
+        raise InvalidRequestError(
+            f"early_stopping is {message.early_stopping}; allowed: 0 to {max(_EARLY_STOPPING)}", param="early_stopping"
+        )
+    settings["early_stopping"] = _EARLY_STOPPING[message.early_stopping]
     if message.logit_bias:
         settings["logit_bias"] = dict(message.logit_bias)
     if message.allowed_token_ids:
@@ -93,23 +104,50 @@ def answer_format_from(message: pb.SamplingParams) -> AnswerFormat | None:
             return None
 
 
-def with_guidance(params: SamplingParams, message: pb.SamplingParams) -> SamplingParams:
-    """The settings with the grammar that the message asks for. Raises InvalidRequestError."""
+def with_guidance(params: SamplingParams, message: pb.SamplingParams) -> tuple[SamplingParams, str]:
+    """The settings with the grammar that the message asks for, and the field that does. Raises InvalidRequestError."""
     answer_format = answer_format_from(message)
     if answer_format is None:
-        return params
-    return msgspec.structs.replace(params, guidance=grammar_of(answer_format))
+        return params, "sampling_params.guidance"
+    return msgspec.structs.replace(params, guidance=format_text(answer_format)), answer_format.param
 
 
-def prompt_from(request: pb.GenerateRequest) -> tuple[str, str | list[int]]:
-    """The name of the field that holds the prompt, and the prompt. Raises InvalidRequestError if none is set."""
-    match request.WhichOneof("prompt"):
+def prompt_from(
+    message: Any, oneof: str, max_tokens: int, *, before: str = "", kept: int | None = None
+) -> tuple[str, str | list[int]]:
+    """The name of the field that holds a prompt, and the prompt: a text, or the last `kept` of its token ids.
+
+    `before`: what the client's path to the oneof begins with. Raises InvalidRequestError if none is set, or for more
+    than `max_tokens` ids: millions are not looked at one by one.
+    """
+    match message.WhichOneof(oneof):
         case "text":
-            return "text", request.text
+            return f"{before}text", message.text
         case "token_ids":
-            return "token_ids", list(request.token_ids.ids)
+            ids = message.token_ids.ids
+            if kept is None and len(ids) > max_tokens:
+                raise InvalidRequestError(
+                    f"{before}token_ids has {len(ids)} tokens; allowed: at most {max_tokens - 1}",
+                    param=f"{before}token_ids",
+                )
+            return f"{before}token_ids", list(ids if kept is None else ids[-kept:])
         case _:
-            raise InvalidRequestError("prompt is not set; set text or token_ids", param="prompt")
+            fields = ", ".join(field.name for field in message.DESCRIPTOR.oneofs_by_name[oneof].fields)
+            raise InvalidRequestError(
+                f"{before}{oneof} is not set; allowed: one of {fields}", param=f"{before}{oneof}"
+            )
+
+
+def kept_tokens_from(request: Any) -> int | None:
+    """How many tokens of the prompt are kept; -1: what leaves room for the answer. Raises InvalidRequestError."""
+    if not request.HasField("truncate_prompt_tokens"):
+        return None
+    kept: int = request.truncate_prompt_tokens
+    if kept != -1 and kept < 1:
+        raise InvalidRequestError(
+            f"truncate_prompt_tokens is {kept}; allowed: -1, or at least 1", param="truncate_prompt_tokens"
+        )
+    return kept
 
 
 def salt_from(request: Any) -> str:
@@ -178,14 +216,17 @@ def tool_choice_from(message: pb.ToolChoice) -> ToolChoice:
 
 
 def template_kwargs_from(request: pb.ChatRequest) -> dict[str, Any]:
-    """Extra variables of the chat template. Raises InvalidRequestError for what JSON does not know."""
+    """Extra variables of the chat template. Raises InvalidRequestError for what JSON does not know, or is too much."""
     try:
-        return json_format.MessageToDict(request.chat_template_kwargs)
+        variables = json_format.MessageToDict(request.chat_template_kwargs)
     except (ValueError, json_format.Error):
         raise InvalidRequestError(
             "chat_template_kwargs holds a number that is not finite, or a value of no kind; allowed: JSON values",
             param="chat_template_kwargs",
         ) from None
+    check_json(variables, "chat_template_kwargs", MAX_TEMPLATE_VALUES)
+    check_template_names(variables)
+    return variables
 
 
 def json_object(text: str, param: str) -> dict[str, Any]:

@@ -22,7 +22,11 @@ from servd.api.grpc.status import Context, abort_with
 from servd.api.service import set_call_id
 from servd.errors import InvalidRequestError, ServdError
 
-HEALTH_METHODS = "/grpc.health.v1.Health/"  # probes carry no key
+PROBES = (  # they carry no key
+    "/grpc.health.v1.Health/",
+    "/inference.GRPCInferenceService/ServerLive",
+    "/inference.GRPCInferenceService/ServerReady",
+)
 MAX_OFFERED_KEYS = 4  # each unknown one is compared with all of the key file
 OWN_METHODS = ("/servd.v1.", "/inference.")
 REQUEST_ID_KEY = "x-request-id"
@@ -85,7 +89,7 @@ class Gate(grpc.aio.ServerInterceptor):
         method, metadata = handler_call_details.method, handler_call_details.invocation_metadata
         info = CallInfo(method, _offered_request_id(metadata), time.monotonic())
         set_call_id(info.request_id)  # interceptor and handler run in one task
-        if not method.startswith(HEALTH_METHODS):
+        if not method.startswith(PROBES):
             try:
                 admit_call(self._keys, metadata)
             except ServdError as error:

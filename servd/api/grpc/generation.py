@@ -37,9 +37,8 @@ class GenerationCalls(pb_grpc.InferenceServicer):
 
     def _params(self, message: pb.SamplingParams, max_tokens: int | None) -> SamplingParams:
         """Settings of a call for which there is room in the queue."""
-        defaults = {"max_tokens": max_tokens, **self.service.engine.sampling_defaults}
-        params = convert.sampling_params_from(message, defaults)
-        self.service.engine.check_room(params.n)
+        params = convert.sampling_params_from(message, self.service.engine.sampling_defaults, max_tokens=max_tokens)
+        self.service.engine.check_room(params.num_sequences)
         return params
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
@@ -47,10 +46,16 @@ class GenerationCalls(pb_grpc.InferenceServicer):
         async with errors_as_status(context):
             self.service.check_model(request.model)
             params = self._params(request.sampling_params, DEFAULT_MAX_TOKENS)
-            params = convert.with_guidance(params, request.sampling_params)
-            field, prompt = convert.prompt_from(request)
+            params, param = convert.with_guidance(params, request.sampling_params)
+            await self.service.engine.check_guidance(params, param=param)
+            limit, kept = self.service.engine.max_model_len, convert.kept_tokens_from(request)
+            if kept == -1:
+                kept = max(limit - (params.max_tokens or 0), 1)
+            field, prompt = convert.prompt_from(request, "prompt", limit, kept=kept)
             add_special_tokens = convert.or_true(request, "add_special_tokens")
             token_ids = await self.service.encode_prompt(prompt, add_special_tokens=add_special_tokens, param=field)
+            if kept is not None:
+                token_ids = token_ids[-kept:]
             await self._stream(request, context, token_ids, params, field, None)
 
     async def Chat(self, request: pb.ChatRequest, context: Context) -> None:
@@ -58,6 +63,11 @@ class GenerationCalls(pb_grpc.InferenceServicer):
         async with errors_as_status(context):
             self.service.check_model(request.model)
             params = self._params(request.sampling_params, None)
+            if request.continue_final_message and request.add_generation_prompt:
+                raise InvalidRequestError(
+                    "continue_final_message and add_generation_prompt are true; allowed: one of the two",
+                    param="continue_final_message",
+                )
             call = ChatCall(
                 convert.chat_messages_from(request.messages, "messages"),
                 params,
@@ -67,6 +77,8 @@ class GenerationCalls(pb_grpc.InferenceServicer):
                 add_generation_prompt=convert.or_true(request, "add_generation_prompt"),
                 continue_final_message=request.continue_final_message,
                 template_kwargs=convert.template_kwargs_from(request),
+                reasoning_effort=request.reasoning_effort or None,
+                truncate_prompt_tokens=convert.kept_tokens_from(request),
             )
             plan = await plan_chat(self.service, call)
             await self._stream(request, context, plan.prompt_token_ids, plan.params, "messages", plan.new_reader)

@@ -44,9 +44,9 @@ class StoredCalls(pb_grpc.InferenceServicer):
                     f"pooling is {request.pooling}; allowed: 0 to {max(_POOLINGS)}", param="pooling"
                 )
             self.service.engine.check_room()
-            names, prompts = [], []
+            names, prompts, limit = [], [], self.service.engine.max_model_len
             for i, given in enumerate(request.inputs):
-                name, prompt = _prompt(given, "input", f"inputs[{i}].")
+                name, prompt = convert.prompt_from(given, "input", limit, before=f"inputs[{i}].")
                 add_special_tokens = convert.or_true(request, "add_special_tokens")
                 prompts.append(
                     await self.service.encode_prompt(prompt, add_special_tokens=add_special_tokens, param=name)
@@ -93,7 +93,7 @@ class StoredCalls(pb_grpc.InferenceServicer):
             messages = convert.chat_messages_from(request.conversation.messages, "conversation.messages")
             call = ChatCall(messages, SamplingParams(), add_generation_prompt=False)
             return "conversation.messages", (await plan_chat(self.service, call)).prompt_token_ids
-        name, prompt = _prompt(request, "prefix")
+        name, prompt = convert.prompt_from(request, "prefix", self.service.engine.max_model_len)
         return name, await self.service.encode_prompt(prompt, param=name)
 
     async def ListPrefixes(
@@ -148,18 +148,6 @@ def _record(described: dict[str, Any]) -> pb.RequestRecord:
     record = pb.RequestRecord(request_id=described["id"])
     record.record.update(described)
     return record
-
-
-def _prompt(message: Any, oneof: str, before: str = "") -> tuple[str, str | list[int]]:
-    """The name of the field that holds a prompt, and the prompt. Raises InvalidRequestError if none is set."""
-    match message.WhichOneof(oneof):
-        case "text":
-            return f"{before}text", message.text
-        case "token_ids":
-            return f"{before}token_ids", list(message.token_ids.ids)
-        case _:
-            fields = ", ".join(field.name for field in message.DESCRIPTOR.oneofs_by_name[oneof].fields)
-            raise InvalidRequestError(f"{before}{oneof} is not set; allowed: one of {fields}", param=f"{before}{oneof}")
 
 
 def _prefix(pin: PrefixPin) -> pb.Prefix:

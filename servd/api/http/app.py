@@ -41,6 +41,7 @@ from servd.api.http.errors import (
     error_response,
 )
 from servd.api.http.event_stream import resume_streams
+from servd.api.http.kserve import kserve_error_json
 from servd.api.http.middleware import add_headers, check_access, errors_as_json, identify_and_log
 from servd.api.http.openapi import API_DOCUMENT, ApiDocument, Endpoint
 from servd.api.http.responses.store import ResponseStore
@@ -164,7 +165,7 @@ def create_app(
     app[BODY_TIMEOUT] = body_timeout
     app[KEEP_ALIVE] = server_config.sse_keep_alive
     app[RESUMABLE_STREAMS] = ResumableStreams(server_config.resume_seconds, server_config.resume_buffer_bytes)
-    error_bodies: dict[str, ErrorBody] = {"/v1/messages": anthropic_error_json}
+    error_bodies: dict[str, ErrorBody] = {"/v1/messages": anthropic_error_json, "/v2": kserve_error_json}
     app[ERROR_BODIES] = error_bodies
     app[RESPONSES] = ResponseStore()
     app.on_shutdown.append(_close_kept_streams)

@@ -10,8 +10,16 @@ from typing import Any
 from servd.api.conversation import ROLES
 from servd.api.http.messages import ChatMessage
 from servd.api.http.schema import ChatCompletionRequest, CompletionRequest, GenerationRequest
-from servd.api.http.schema.generation import MAX_DEADLINE_MS, MAX_PRIORITY, MAX_SALT_CHARS
+from servd.api.http.schema.generation import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORDS,
+    MAX_DEADLINE_MS,
+    MAX_PRIORITY,
+    MAX_SALT_CHARS,
+)
 from servd.sampling_params import (
+    MAX_BAD_WORD_CHARS,
+    MAX_LENGTH_PENALTY,
     MAX_LOGIT_BIASES,
     MAX_LOGPROBS,
     MAX_N,
@@ -71,6 +79,11 @@ FIELD_RANGES: dict[type, dict[str, dict[str, Any]]] = {
         "priority": between(-MAX_PRIORITY, MAX_PRIORITY),
         "cache_salt": length(1, MAX_SALT_CHARS),
         "deadline_ms": between(1, MAX_DEADLINE_MS),
+        "best_of": between(1, MAX_N),
+        "length_penalty": between(-MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY),
+        "allowed_token_ids": {"minItems": 1, "maxItems": MAX_ALLOWED_TOKEN_IDS, "items": _TOKEN_ID},
+        "bad_words": {"maxItems": MAX_BAD_WORDS, "items": {"type": "string"} | length(1, MAX_BAD_WORD_CHARS)},
+        "truncate_prompt_tokens": between(-1, _MAX_INT),
     },
     CompletionRequest: {"logprobs": between(0, MAX_LOGPROBS), "prompt": {"minLength": 1, "minItems": 1}},
     ChatCompletionRequest: {

@@ -34,6 +34,7 @@ async def identify_and_log(request: web.Request, handler: Handler) -> web.Stream
     offered = request.headers.get("X-Request-Id", "")
     request[REQUEST_ID] = offered if _REQUEST_ID_SHAPE.fullmatch(offered) else uuid.uuid4().hex
     request[ARRIVAL] = time.monotonic()
+    request[CALLER] = ANONYMOUS
     set_call_id(request[REQUEST_ID])
     status = CLIENT_CLOSED_REQUEST
     try:
@@ -43,8 +44,8 @@ async def identify_and_log(request: web.Request, handler: Handler) -> web.Stream
     finally:
         milliseconds = (time.monotonic() - request[ARRIVAL]) * 1000
         _log.info(
-            "%s %s %d %.0f ms %s %s", request.method[:16], request.path[:200], status, milliseconds,
-            request.remote, request[REQUEST_ID],
+            "%s %s %d %.0f ms %s %s %s", request.method[:16], request.path[:200], status, milliseconds,
+            request.remote, request[CALLER].name, request[REQUEST_ID],
         )  # fmt: skip
 
 
@@ -91,7 +92,6 @@ def client_is_gone(request: web.Request) -> bool:
 async def check_access(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Demand a key; where there is none, keep web pages of other sites out. Counts calls that make work."""
     config, keys = request.app[SERVER_CONFIG], request.app[KEYS]
-    request[CALLER] = ANONYMOUS
     if (preflight := cors.preflight(request, config.cors_origin)) is not None:
         return preflight  # browsers send no key with it; the same for all paths, so it tells nothing
     # Judged by the route that will run, never by a URL that the Host header had a part in.

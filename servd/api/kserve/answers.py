@@ -39,11 +39,14 @@ async def replies_to(
     `deadline`: seconds that the transport leaves, None for no limit. Raises what the service raises, also in
     mid-stream.
     """
+    await service.engine.check_guidance(call.params, param=call.guidance_param)
     token_ids = await service.encode_prompt(call.text, param=TEXT_INPUT)
+    if call.kept_tokens is not None:
+        token_ids = token_ids[-call.kept_tokens :]
     limits = [seconds for seconds in (call.timeout, deadline) if seconds is not None]
     stream = service.generate(
         token_ids, call.params, request_id=service.new_request_id("infer"), priority=call.priority,
-        timeout=min(limits, default=None), prompt_param=TEXT_INPUT,
+        timeout=min(limits, default=None), cache_salt=call.cache_salt, prompt_param=TEXT_INPUT,
     )  # fmt: skip
     tensors = _Tensors(call, service.engine.tokenizer)
     async with aclosing(stream):

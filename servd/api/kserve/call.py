@@ -55,6 +55,9 @@ class InferCall:
     outputs: tuple[str, ...]
     priority: int
     timeout: float | None  # seconds
+    cache_salt: str
+    kept_tokens: int | None  # of the prompt, its last ones; None: all
+    guidance_param: str  # what errors call the field behind `params.guidance`
 
 
 def input_spec(name: str, datatype: str, shape: Sequence[int], where: str) -> TensorSpec:
@@ -113,12 +116,22 @@ def call_from(request: InferRequest, service: InferenceService) -> InferCall:
     settings = settings_from(_merged(given))
     engine = service.engine
     params = settings.sampling_params(engine.tokenizer.vocab_size, engine.sampling_defaults)
-    engine.check_room(params.n)
+    engine.check_room(params.num_sequences)
     outputs = _outputs(request.outputs, flags)
+    kept = settings.truncate_prompt_tokens
     return InferCall(
-        request.id, text, _with_logprobs(params, outputs), streams, not excludes_input, outputs, settings.priority,
-        None if settings.timeout is None else settings.timeout / 1e6,
-    )  # fmt: skip
+        id=request.id,
+        text=text,
+        params=_with_logprobs(params, outputs),
+        streams=streams,
+        repeats_input=not excludes_input,
+        outputs=outputs,
+        priority=settings.priority,
+        timeout=None if settings.timeout is None else settings.timeout / 1e6,
+        cache_salt=settings.cache_salt,
+        kept_tokens=max(engine.max_model_len - (params.max_tokens or 0), 1) if kept == -1 else kept,
+        guidance_param=settings.guidance_param,
+    )
 
 
 def _given(request: InferRequest) -> dict[str, Any]:

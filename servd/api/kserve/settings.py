@@ -11,12 +11,13 @@ from typing import Any
 
 import msgspec
 
-from servd.api.answer_format import grammar_of
 from servd.api.chat.call import AnswerFormat
+from servd.api.chat.tools import format_text
 from servd.errors import InvalidRequestError, UnsupportedError
 from servd.sampling_params import SamplingParams
 
 MAX_PRIORITY = 1 << 31
+MAX_SALT_CHARS = 256
 
 _PATH = re.compile(r" - at `(?:key in `)?\$\.?(?P<path>[^`]*)`$")
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`", re.DOTALL)
@@ -30,10 +31,12 @@ _GUIDED = {
 
 
 class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What may be set; the first two are the protocol's, all others are vLLM's."""
+    """What may be set; priority and timeout are the protocol's, all others are vLLM's."""
 
     priority: int = 0
     timeout: int | None = None  # microseconds
+    cache_salt: str = ""
+    truncate_prompt_tokens: int | None = None  # the last ones are kept; -1: as many as the context has room for
     triton_enable_empty_final_response: bool = False  # no effect: the last reply is never an empty one
     n: int | None = None
     best_of: int | None = None
@@ -71,10 +74,8 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             raise UnsupportedError(
                 "prompt_logprobs is set; no output tensor could hold them", param="prompt_logprobs"
             )
-        given: dict[str, Any] = {**defaults}
+        given: dict[str, Any] = {} if self.use_beam_search else {**defaults}  # which are for sampling
         given |= {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
-        for name in given.keys() - set(SamplingParams.__struct_fields__):
-            raise UnsupportedError(f"{name} is set; servd does not honour it", param=name)
         given |= {name: tuple(given[name]) for name in _LISTS if name in given}
         if self.stop is not None:
             given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -84,17 +85,22 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         params.validate(vocab_size)
         return params
 
+    @property
+    def guidance_param(self) -> str:
+        """The field that asks for a grammar; if none does, the first that could."""
+        return next((name for name in _GUIDED if getattr(self, name) is not None), "guided_json")
+
     def _guidance(self) -> str | None:
         set_names = [name for name in _GUIDED if getattr(self, name) is not None]
         if not set_names:
             return None
-        name = set_names[0]
+        name = self.guidance_param
         if len(set_names) > 1:
             raise InvalidRequestError(f"{' and '.join(set_names)} are set; allowed: one of them", param=name)
         value = getattr(self, name)
         if name == "guided_json" and isinstance(value, str):
             value = json_object(value, name)
-        return grammar_of(AnswerFormat(_GUIDED[name], value, name))  # type: ignore[arg-type]
+        return format_text(AnswerFormat(_GUIDED[name], value, name))  # type: ignore[arg-type]
 
 
 _LISTS = ("stop_token_ids", "allowed_token_ids", "bad_words")
@@ -123,6 +129,16 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
     if settings.timeout is not None and settings.timeout < 1:
         raise InvalidRequestError(
             f"timeout is {settings.timeout}; allowed: at least 1 (microseconds)", param="timeout"
+        )
+    if len(settings.cache_salt) > MAX_SALT_CHARS:
+        raise InvalidRequestError(
+            f"cache_salt has {len(settings.cache_salt)} characters; allowed: at most {MAX_SALT_CHARS}",
+            param="cache_salt",
+        )
+    kept = settings.truncate_prompt_tokens
+    if kept is not None and kept != -1 and kept < 1:
+        raise InvalidRequestError(
+            f"truncate_prompt_tokens is {kept}; allowed: -1, or at least 1", param="truncate_prompt_tokens"
         )
     return settings
 

@@ -65,6 +65,38 @@ def test_max_tokens_defaults_to_16_for_generate_and_to_the_context_for_chat(tmp_
     run(test)
 
 
+def test_a_prompt_can_be_cut_to_its_last_tokens(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with served(tmp_path, max_position_embeddings=32) as s:
+            params = pb.SamplingParams(temperature=0.0, max_tokens=12)
+            last = pb.GenerateRequest(text="tokens", sampling_params=params)
+            cut = pb.GenerateRequest(text="its last tokens", sampling_params=params, truncate_prompt_tokens=6)
+            assert await text_of(s.stub.Generate(cut)) == await text_of(s.stub.Generate(last))
+            for request in (
+                pb.GenerateRequest(text="x" * 31, sampling_params=params, truncate_prompt_tokens=-1),
+                pb.GenerateRequest(
+                    token_ids=pb.TokenIds(ids=[65] * 100), sampling_params=params, truncate_prompt_tokens=-1
+                ),
+            ):
+                chunks = [chunk async for chunk in s.stub.Generate(request)]
+                assert chunks[-1].usage.prompt_tokens == 20
+                assert chunks[-1].usage.completion_tokens == 12
+
+    run(test)
+
+
+def test_the_best_answers_and_beams_come_at_the_end(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as s:
+            for sampling in ({"best_of": 3, "seed": 1}, {"use_beam_search": True, "best_of": 3, "temperature": 0.0}):
+                chunks = [chunk async for chunk in s.generate(n=2, max_tokens=5, **sampling)]
+                assert sorted(chunk.index for chunk in chunks) == [0, 1]
+                assert all(chunk.usage.completion_tokens == 5 for chunk in chunks)
+            await s.fake.wait_idle()
+
+    run(test)
+
+
 def test_n_answers_are_told_apart(tmp_path: Path) -> None:
     async def test() -> None:
         async with served(tmp_path) as s:
@@ -173,14 +205,16 @@ def test_every_sampling_field_reaches_the_engine() -> None:
         n=2, max_tokens=3, min_tokens=1, temperature=0.3, top_p=0.7, top_k=5, min_p=0.1, presence_penalty=0.5,
         frequency_penalty=-0.5, repetition_penalty=1.1, logit_bias={7: -1.5}, stop=["a"], stop_token_ids=[9],
         include_stop_str_in_output=True, ignore_eos=True, seed=-4, logprobs=0, prompt_logprobs=2,
-        skip_special_tokens=False, allowed_token_ids=[3, 5], bad_words=["b"],
+        skip_special_tokens=False, allowed_token_ids=[3, 5], bad_words=["b"], best_of=4, use_beam_search=True,
+        length_penalty=0.5, early_stopping=pb.EARLY_STOPPING_NEVER,
     )  # fmt: skip
     assert {field.name for field, _ in message.ListFields()} == set(SamplingParams.__struct_fields__) - INTERNAL
-    assert sampling_params_from(message, {"max_tokens": 16}) == SamplingParams(
+    assert sampling_params_from(message, {}, max_tokens=16) == SamplingParams(
         n=2, max_tokens=3, min_tokens=1, temperature=0.3, top_p=0.7, top_k=5, min_p=0.1, presence_penalty=0.5,
         frequency_penalty=-0.5, repetition_penalty=1.1, logit_bias={7: -1.5}, stop=("a",), stop_token_ids=(9,),
         include_stop_str_in_output=True, ignore_eos=True, seed=-4, logprobs=0, prompt_logprobs=2,
-        skip_special_tokens=False, allowed_token_ids=(3, 5), bad_words=("b",),
+        skip_special_tokens=False, allowed_token_ids=(3, 5), bad_words=("b",), best_of=4, use_beam_search=True,
+        length_penalty=0.5, early_stopping="never",
     )  # fmt: skip
 
 
@@ -196,12 +230,13 @@ GUIDANCE: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("kind", GUIDANCE)
 def test_each_kind_of_guidance_becomes_a_grammar(kind: str) -> None:
     fields, grammar = GUIDANCE[kind]
-    assert with_guidance(SamplingParams(), pb.SamplingParams(**fields)).guidance == grammar
+    params, param = with_guidance(SamplingParams(), pb.SamplingParams(**fields))
+    assert (params.guidance, param) == (grammar, f"sampling_params.{kind}")
 
 
 def test_unset_sampling_fields_keep_their_defaults() -> None:
-    assert sampling_params_from(pb.SamplingParams(), {"max_tokens": 16}) == SamplingParams()
-    greedy = sampling_params_from(pb.SamplingParams(temperature=0.0), {"max_tokens": None, "temperature": 0.7})
+    assert sampling_params_from(pb.SamplingParams(), {}, max_tokens=16) == SamplingParams()
+    greedy = sampling_params_from(pb.SamplingParams(temperature=0.0), {"temperature": 0.7}, max_tokens=None)
     assert greedy == SamplingParams(temperature=0.0, max_tokens=None)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import struct_pb2
 
 from servd.api.chat.call import AnswerFormat, ChatCall, Tool, ToolChoice
 from servd.api.chat.parts import Part, ReasoningPart, TextPart, ToolCallPart
@@ -114,6 +115,12 @@ def test_what_a_call_carries_reaches_the_plan(tmp_path: Path, monkeypatch: pytes
     run(test)
 
 
+def struct_of(values: dict[str, Any]) -> struct_pb2.Struct:
+    made = struct_pb2.Struct()
+    made.update(values)
+    return made
+
+
 def asked(**fields: Any) -> pb.ChatRequest:
     return pb.ChatRequest(messages=[USER], **fields)
 
@@ -140,6 +147,15 @@ WRONG: dict[str, tuple[pb.ChatRequest, str]] = {
     "json_object false": (
         asked(sampling_params=pb.SamplingParams(json_object=False)), "sampling_params.json_object"
     ),
+    "a name that the server sets": (asked(chat_template_kwargs=struct_of({"messages": []})), "chat_template_kwargs"),
+    "variables without end": (
+        asked(chat_template_kwargs=struct_of({"x": [1] * 20_000})), "chat_template_kwargs"
+    ),
+    "goes on and begins": (
+        asked(continue_final_message=True, add_generation_prompt=True), "continue_final_message"
+    ),
+    "keep no token": (asked(truncate_prompt_tokens=0), "truncate_prompt_tokens"),
+    "unknown effort": (asked(reasoning_effort="enormous"), "reasoning_effort"),
     "long salt": (asked(cache_salt="x" * 300), "cache_salt"),
     "odd request id": (asked(request_id="a b"), "request_id"),
     "long request id": (asked(request_id="a" * 129), "request_id"),
@@ -159,11 +175,25 @@ def test_a_wrong_chat_names_the_field(case: str, tmp_path: Path) -> None:
     run(test)
 
 
+@pytest.mark.parametrize(
+    "kind, text", [("regex", "("), ("grammar", "start: nobody"), ("json_schema", '{"type": "nonsense"}')]
+)
+def test_a_grammar_that_cannot_be_followed_is_refused_by_its_field(kind: str, text: str, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with served(tmp_path) as s:
+            error = await error_of(s.generate(**{kind: text}))
+            assert (error.code(), blamed_field(error)) == (
+                grpc.StatusCode.INVALID_ARGUMENT, f"sampling_params.{kind}"
+            )  # fmt: skip
+            await s.fake.wait_idle()
+
+    run(test)
+
+
 def test_an_empty_choice_is_refused_by_generate(tmp_path: Path) -> None:
     async def test() -> None:
         async with served(tmp_path) as s:
-            for choice in (pb.Choice(), pb.Choice(texts=["a", ""])):
-                error = await error_of(s.generate(choice=choice))
-                assert blamed_field(error) == "sampling_params.choice"
+            error = await error_of(s.generate(choice=pb.Choice()))
+            assert blamed_field(error) == "sampling_params.choice"
 
     run(test)

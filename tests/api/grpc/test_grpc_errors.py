@@ -55,6 +55,7 @@ WRONG: dict[str, tuple[Callable[[Served], Any], str]] = {
     "empty text": (prompted(text=""), "text"),
     "empty ids": (prompted(token_ids=pb.TokenIds()), "token_ids"),
     "id out of the vocabulary": (prompted(token_ids=pb.TokenIds(ids=[257])), "token_ids"),
+    "millions of ids": (prompted(token_ids=pb.TokenIds(ids=[1] * 4_000_000)), "token_ids"),
     "prompt too long": (prompted(text="x" * 128), "text"),
     "no messages": (chatted(), "messages"),
     "unknown role": (chatted(USER, pb.ChatMessage(role="wizard", content="x")), "messages[1].role"),

@@ -15,8 +15,8 @@ import grpc.aio
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
-from servd.api.grpc._pb.inference import grpc_service_pb2 as kserve
 
+from servd.api.grpc._pb.inference import grpc_service_pb2 as kserve
 from servd.api.grpc._pb.servd.v1 import inference_pb2 as pb
 from tests.api.grpc.grpc_helpers import Served, run, served, text_of
 

@@ -14,11 +14,13 @@ from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from servd.api.grpc._pb.inference import grpc_service_pb2 as kserve
+from servd.api.grpc._pb.inference import grpc_service_pb2_grpc as kserve_grpc
 from servd.api.grpc._pb.servd.v1 import inference_pb2 as pb
 from servd.api.grpc.server import KSERVE_NAME, SERVICE_NAME, start_grpc
 from servd.config import ServerConfig
 from servd.errors import ConfigError
-from tests.api.grpc.grpc_helpers import Served, error_of, run, served, text_of
+from tests.api.grpc.grpc_helpers import MODEL, Served, error_of, run, served, text_of
 
 Health = health_pb2.HealthCheckResponse
 CONFIG_WITH_KEY = ServerConfig(grpc_port=0, api_key="s3cret")
@@ -132,6 +134,11 @@ def test_without_the_key_health_answers_and_reflection_does_not(tmp_path: Path) 
     async def test() -> None:
         async with served(tmp_path, server_config=CONFIG_WITH_KEY) as s:
             assert await health_of(s, "") == Health.SERVING
+            probes = kserve_grpc.GRPCInferenceServiceStub(s.channel)  # type: ignore[no-untyped-call]
+            assert (await probes.ServerReady(kserve.ServerReadyRequest())).ready
+            assert (await probes.ServerLive(kserve.ServerLiveRequest())).live
+            guarded = await error_of(probes.ModelReady(kserve.ModelReadyRequest(name=MODEL)))
+            assert guarded.code() == grpc.StatusCode.UNAUTHENTICATED
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await reflect(s, list_services="")
             assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED

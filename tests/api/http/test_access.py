@@ -173,7 +173,7 @@ def test_one_log_line_a_request_without_prompt_or_key(
     asyncio.run(main())
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3, lines
-    assert "POST /v1/completions 200" in lines[0] and lines[0].endswith("127.0.0.1 id-1")
+    assert "POST /v1/completions 200" in lines[0] and lines[0].endswith("127.0.0.1 api-key id-1")
     assert r"GET /x\r\nFORGED\x1b[2J 404" in lines[1]
     assert lines[2].endswith("bad HTTP 400 from 127.0.0.1")
     assert not any(secret in line for line in lines for secret in ("diary", KEY, "\x1b"))

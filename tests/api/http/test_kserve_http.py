@@ -12,6 +12,7 @@ import pytest
 
 import servd
 from servd.api.http.context import SERVICE
+from servd.config import ServerConfig
 from tests.api.http.serving import Reply, Served, serve
 
 INFER = "/v2/models/fake/infer"
@@ -42,9 +43,10 @@ def protocol_error(reply: Reply) -> str:
 def test_what_is_served(tmp_path: Path) -> None:
     async def test() -> None:
         async with serve(tmp_path) as s:
-            assert (await s.request("GET", "/v2/health/live")).status == 200
-            for path in ("/v2/health/ready", "/v2/models/fake/ready", "/v2/models/fake/versions/1/ready"):
-                assert (await s.request("GET", path)).status == 200
+            assert (await s.request("GET", "/v2/health/live")).json() == {"live": True}
+            assert (await s.request("GET", "/v2/health/ready")).json() == {"ready": True}
+            for path in ("/v2/models/fake/ready", "/v2/models/fake/versions/1/ready"):
+                assert (await s.request("GET", path)).json() == {"name": "fake", "ready": True}
             server = (await s.request("GET", "/v2")).json()
             assert (server["name"], server["version"]) == ("servd", servd.__version__)
             for path in ("/v2/models/fake", "/v2/models/fake/versions/1"):
@@ -65,6 +67,21 @@ def test_what_is_served(tmp_path: Path) -> None:
             assert (await s.post("/v2/repository/index", {"ready": True})).json() == []
             assert (await s.post(INFER, body_of())).status == 503
             s.engine.state = "ready"
+
+    run(test)
+
+
+def test_errors_of_the_layers_around_have_the_protocols_shape(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with serve(tmp_path, server=ServerConfig(port=0, api_key="key-of-a-test")) as s:
+            for path in ("/v2/health/live", "/v2/health/ready"):
+                assert (await s.request("GET", path)).status == 200
+            for path in ("/v2", "/v2/models/fake", "/v2/nowhere"):
+                reply = await s.request("GET", path)
+                assert reply.status == 401 and "key" in protocol_error(reply)
+            headers = {"Authorization": "Bearer key-of-a-test"}
+            assert "no such endpoint" in protocol_error(await s.request("GET", "/v2/nowhere", headers=headers))
+            assert (await s.request("GET", "/v2", headers=headers)).status == 200
 
     run(test)
 

@@ -243,6 +243,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": asked("x" * 100_000)["messages"]}, "messages"),
     ({"system": [{"type": "image"}]}, "system[0].type"),
     ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 5000}, "max_tokens"),
     ({"temperature": -1}, "temperature"),
     ({"top_k": -5}, "top_k"),

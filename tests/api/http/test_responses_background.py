@@ -164,6 +164,10 @@ def test_the_old_are_dropped() -> None:
     store.add("t", stored("b"))
     store.get("t", "a").stored_at = time.monotonic() - 61
     assert kept(store, "t", "a", "b") == [False, True]
+    store.get("t", "b").stored_at = time.monotonic() - 61
+    store.add("u", stored("c"))  # a tenant that does not come any more holds nothing for ever
+    store.max_age = 1000.0
+    assert kept(store, "t", "a", "b") == [False, False] and kept(store, "u", "c") == [True]
 
 
 def test_what_runs_is_never_dropped() -> None:

@@ -45,8 +45,11 @@ def record(fake: FakeEngine, name: str, index: int = 0) -> dict[str, Any]:
     return answer
 
 
-def causes(answer: dict[str, Any]) -> list[str]:
-    return [stall["cause"] for stall in answer["stalls"]]
+def stall_of(answer: dict[str, Any], cause: str) -> dict[str, Any]:
+    """The longest stall with that cause: on a busy machine there may be others besides."""
+    found = [stall for stall in answer["stalls"] if stall["cause"] == cause]
+    assert found, f"no stall by {cause}: {answer['stalls']}"
+    return max(found, key=lambda stall: float(stall["seconds"]))
 
 
 async def tokens_of(fake: FakeEngine, name: str, count: int) -> None:
@@ -87,13 +90,12 @@ def test_a_preempted_request_says_so_and_what_it_waited_for(tmp_path: Path) -> N
     async def scenario(fake: FakeEngine) -> dict[str, Any]:
         fake.executor.step_delay = 0.002
         await asyncio.gather(ask(fake, "first", "a" * 60, 100), ask(fake, "second", "b" * 60, 100))
-        assert causes(record(fake, "first")) == []
+        assert record(fake, "first")["num_preemptions"] == 0
         return record(fake, "second")
 
     answer = run(tmp_path, scenario, num_blocks=16)
-    assert causes(answer) == ["preempted"]
     assert answer["num_preemptions"] == 1 and answer["preemptions"][0]["reason"] == "blocks"
-    (stall,) = answer["stalls"]
+    stall = stall_of(answer, "preempted")
     assert stall["detail"]["waited_for"]["blocks"] > 0.5 * stall["seconds"]
     assert answer["seconds"]["preempted"] > 0.05 and answer["seconds"]["recompute"] > 0
     assert answer["waited_for"]["blocks"] == pytest.approx(answer["seconds"]["preempted"], rel=0.2)
@@ -102,7 +104,7 @@ def test_a_preempted_request_says_so_and_what_it_waited_for(tmp_path: Path) -> N
 def test_another_prompts_prefill_is_named(tmp_path: Path) -> None:
     def slow_prefill(plan: Any) -> None:
         if any(count > 100 for count in plan.scheduled.num_scheduled_tokens):
-            time.sleep(0.12)
+            time.sleep(0.3)
 
     async def scenario(fake: FakeEngine) -> dict[str, Any]:
         task = asyncio.create_task(ask(fake, "victim", max_tokens=200))
@@ -111,9 +113,8 @@ def test_another_prompts_prefill_is_named(tmp_path: Path) -> None:
         return record(fake, "victim")
 
     answer = run(tmp_path, scenario, on_step=slow_prefill)
-    assert causes(answer) == ["prefill_of_others"]
-    assert answer["stalls"][0]["detail"]["prefill_tokens"] == 400
-    assert answer["stalls"][0]["seconds"] >= 0.12
+    stall = stall_of(answer, "prefill_of_others")
+    assert stall["detail"]["prefill_tokens"] == 400 and stall["seconds"] >= 0.3
 
 
 def test_a_killed_worker_is_named_and_its_restart_is_counted(tmp_path: Path) -> None:
@@ -123,13 +124,13 @@ def test_a_killed_worker_is_named_and_its_restart_is_counted(tmp_path: Path) -> 
         fake.executor.gate.clear()
         fake.executor.die()
         waiting = asyncio.create_task(ask(fake, "came later", "q" * 20))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.3)
         fake.executor.gate.set()
         await asyncio.gather(task, waiting)
         return [record(fake, "r"), record(fake, "came later")]
 
     answer, _ = run(tmp_path, scenario)
-    assert causes(answer) == ["worker_restarted"]
+    assert stall_of(answer, "worker_restarted")["seconds"] >= 0.3
     assert (answer["num_worker_deaths"], answer["num_preemptions"]) == (1, 0)
     assert {"recovering", "recompute"} <= set(answer["seconds"])
 
@@ -139,7 +140,7 @@ def test_a_request_that_waits_for_a_restart_says_so(tmp_path: Path) -> None:
         start = fake.executor.start
 
         async def slow_start(progress: Any = None) -> Any:
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.3)
             return await start(progress)
 
         fake.executor.start = slow_start  # type: ignore[method-assign]
@@ -149,8 +150,8 @@ def test_a_request_that_waits_for_a_restart_says_so(tmp_path: Path) -> None:
         return record(fake, "r")
 
     answer = run(tmp_path, scenario)
-    assert causes(answer) == ["worker_restart"]
-    assert answer["waited_for"]["worker_restart"] > 0.05
+    assert stall_of(answer, "worker_restart")["at_seconds"] == 0
+    assert answer["waited_for"]["worker_restart"] > 0.2
 
 
 def test_a_step_that_failed_is_named(tmp_path: Path) -> None:
@@ -161,14 +162,14 @@ def test_a_step_that_failed_is_named(tmp_path: Path) -> None:
         if event == "fail":
             raise RuntimeError("out of memory")
         if event == "slow":
-            time.sleep(0.1)
+            time.sleep(0.3)
 
     async def scenario(fake: FakeEngine) -> dict[str, Any]:
         await ask(fake, "r", max_tokens=40)
         return record(fake, "r")
 
     answer = run(tmp_path, scenario, on_step=fail_once)
-    assert causes(answer) == ["step_failed"] and answer["num_worker_deaths"] == 0
+    assert stall_of(answer, "step_failed")["seconds"] >= 0.3 and answer["num_worker_deaths"] == 0
 
 
 def test_a_step_that_computes_long_is_told_from_a_busy_front(tmp_path: Path) -> None:
@@ -176,20 +177,21 @@ def test_a_step_that_computes_long_is_told_from_a_busy_front(tmp_path: Path) -> 
 
     def block_loop(_: Any) -> None:
         if next(blocked, False):
-            time.sleep(0.1)
+            time.sleep(0.3)
 
     async def scenario(fake: FakeEngine) -> dict[str, Any]:
         task = asyncio.create_task(ask(fake, "r", max_tokens=300))
         await tokens_of(fake, "r", 60)
-        fake.executor.step_delay = 0.12
-        await fake.wait_until(lambda: record(fake, "r")["gap_seconds"]["max"] > 0.11)
+        fake.executor.step_delay = 0.4
+        await fake.wait_until(lambda: record(fake, "r")["gap_seconds"]["max"] > 0.39)
         fake.executor.step_delay = 0.0
         await task
         return record(fake, "r")
 
     answer = run(tmp_path, scenario, on_step=block_loop)
-    assert set(causes(answer)) == {"front_busy", "slow_step"}
-    assert causes(answer)[0] == "front_busy"
+    busy, slow = stall_of(answer, "front_busy"), stall_of(answer, "slow_step")
+    assert busy["seconds"] >= 0.3 and busy["detail"]["compute_seconds"] == 0
+    assert slow["detail"]["compute_seconds"] == 0.4
 
 
 def test_a_client_that_does_not_read_is_named(tmp_path: Path) -> None:
@@ -197,16 +199,15 @@ def test_a_client_that_does_not_read_is_named(tmp_path: Path) -> None:
         params = SamplingParams(max_tokens=200, temperature=0.0)
         async with fake.engine.generate([1, 2, 3], params, request_id="r") as stream:
             await anext(stream)
-            await asyncio.sleep(0.1)
-            assert record(fake, "r")["unread_seconds"] > 0.09  # and counting
+            await asyncio.sleep(0.3)
+            assert record(fake, "r")["unread_seconds"] > 0.2  # and counting
             async for _ in stream:
                 pass
         return record(fake, "r")
 
     answer = run(tmp_path, scenario)
-    assert causes(answer) == ["client_not_reading"]
-    assert answer["unread_seconds"] == pytest.approx(answer["stalls"][0]["seconds"])
-    assert answer["unread_seconds"] > 0.09
+    assert stall_of(answer, "client_not_reading")["seconds"] > 0.2
+    assert answer["unread_seconds"] > 0.2
 
 
 @pytest.mark.parametrize(
@@ -225,16 +226,15 @@ def test_what_a_queued_request_waits_for_is_named(
         before = asyncio.create_task(ask(fake, "before", "b" * (2000 if cause == "token_budget" else 200), 40))
         await fake.wait_until(lambda: fake.engine.stats().running == 1)
         waiting = asyncio.create_task(ask(fake, "r", "r" * 150, 2))
-        await asyncio.sleep(0.06)
+        await asyncio.sleep(0.1)
         now = record(fake, "r")
         assert now["state"] == "waiting" and max(now["waited_for"], key=now["waited_for"].get) == cause
         await asyncio.gather(before, waiting)
         return record(fake, "r")
 
     answer = run(tmp_path, scenario, num_blocks=num_blocks, **settings)
-    assert causes(answer)[:1] == [cause]
-    assert answer["stalls"][0]["at_seconds"] == 0
-    assert math.fsum(answer["waited_for"].values()) == pytest.approx(answer["seconds"]["queued"], abs=0.005)
+    assert stall_of(answer, cause)["at_seconds"] == 0
+    assert math.fsum(answer["waited_for"].values()) == pytest.approx(answer["seconds"]["queued"], abs=0.02)
 
 
 def test_later_answers_wait_for_the_prompt_they_share(tmp_path: Path) -> None:
@@ -245,8 +245,19 @@ def test_later_answers_wait_for_the_prompt_they_share(tmp_path: Path) -> None:
 
     first, second = run(tmp_path, scenario, max_num_batched_tokens=64)
     assert "first_answer" not in first["waited_for"]
-    assert causes(second)[:1] == ["first_answer"]
+    assert stall_of(second, "first_answer")["at_seconds"] == 0
     assert second["waited_for"] == {"first_answer": pytest.approx(second["seconds"]["queued"])}
+
+
+def test_a_beam_search_counts_its_steps_and_its_answers_are_not_in_the_queue(tmp_path: Path) -> None:
+    async def scenario(fake: FakeEngine) -> list[dict[str, Any]]:
+        await ask(fake, "r", "x" * 40, 6, n=2, use_beam_search=True)
+        return [record(fake, "r", index) for index in (0, 1)]
+
+    for answer in run(tmp_path, scenario):
+        assert set(answer["seconds"]) == {"queued", "search"} and answer["seconds"]["search"] > 0
+        assert answer["num_steps"] >= 6 and answer["batch_size"]["max"] >= 2
+        assert (answer["state"], answer["output_tokens"]) == ("finished", None)
 
 
 def test_a_prompt_only_request_and_an_aborted_one_end(tmp_path: Path) -> None:

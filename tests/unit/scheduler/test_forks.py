@@ -9,8 +9,8 @@ from tests.unit.scheduler.conftest import WorkerModel, shares
 ONE_TOKEN = SamplingParams(max_tokens=1)
 
 
-def one_token_request(name: str, tokens: list[int]) -> Request:
-    return Request(name, tokens, ONE_TOKEN, max_model_len=400, keeps_blocks=True)
+def one_token_request(name: str, tokens: list[int], priority: int = 0) -> Request:
+    return Request(name, tokens, ONE_TOKEN, max_model_len=400, keeps_blocks=True, priority=priority)
 
 
 def step(scheduler: Scheduler, worker: WorkerModel) -> list[Update]:
@@ -76,6 +76,30 @@ def test_kept_blocks_give_way_when_nothing_else_could_run(make_scheduler):
     scheduler.release(root)
     step(scheduler, worker)
     assert child.finish_reason is FinishReason.LENGTH
+
+
+def test_a_block_that_is_copied_is_not_the_target_of_another_copy_of_the_step(make_scheduler):
+    scheduler, worker = make_scheduler(num_blocks=6, scheduling_policy="priority"), WorkerModel(4)
+    roots = [one_token_request("p", [1] * 6), one_token_request("q", [2] * 6)]
+    for root in roots:
+        scheduler.add(root)
+    step(scheduler, worker)
+    children = {}
+    for name, root, priority in (("a", roots[0], 0), ("b", roots[0], 2), ("c", roots[1], 1), ("d", roots[1], 1)):
+        children[name] = one_token_request(name, [*root.prompt_token_ids, len(children)], priority)
+        scheduler.fork(root, children[name])
+    for root in roots:
+        scheduler.release(root)
+    for _ in range(8):
+        plan = scheduler.schedule()
+        if plan is None:
+            break
+        sources, targets = {pair[0] for pair in plan.block_copies}, {pair[1] for pair in plan.block_copies}
+        assert not sources & targets
+        for update in scheduler.update_from_output(worker.execute(plan)):
+            scheduler.release(update.request)
+        scheduler.cache.check_integrity()
+    assert {child.finish_reason for child in children.values()} == {FinishReason.LENGTH}
 
 
 def test_an_aborted_fork_that_never_ran_is_not_taken_to_the_workers(make_scheduler):

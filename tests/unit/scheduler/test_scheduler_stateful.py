@@ -91,13 +91,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.add(request)
 
     @precondition(lambda self: self.kept)
-    @rule(data=st.data(), tokens=st.lists(st.integers(0, 96), min_size=0, max_size=4))
-    def fork(self, data, tokens):
+    @rule(data=st.data(), children=st.lists(st.tuples(st.integers(0, 96), st.integers(0, 2)), max_size=4))
+    def fork(self, data, children):
         parent = self.kept.pop(data.draw(st.integers(0, len(self.kept) - 1)))
-        for token in tokens if parent.num_tokens < self.longest else ():
+        for token, priority in children if parent.num_tokens < self.longest else ():
             child = Request(
                 f"r{len(self.everyone)}", [*parent.prompt_token_ids, token], parent.sampling_params,
-                max_model_len=self.longest, priority=parent.priority, keeps_blocks=True,
+                max_model_len=self.longest, priority=priority, keeps_blocks=True,
             )  # fmt: skip
             self.everyone[child.request_id] = child
             self.scheduler.fork(parent, child)

@@ -20,7 +20,6 @@ from llguidance import LLTokenizer
 from servd.outputs import ModelRunnerOutput, ScheduledRequests, SchedulerOutput
 from servd.worker.forbidden_texts import ForbiddenTexts, TokenBytes, mask_of
 from servd.worker.model_runner import ModelRunner
-from servd.worker.structured_output import MAX_COMPILED
 from tests.unit.worker.driver import Driver, Sequence
 from tests.unit.worker.fake_model import NAN_TOKEN, FakeModel, make_runner
 from tests.unit.worker.test_speculation import GivenDrafter, Guess, knowing
@@ -145,6 +144,17 @@ def test_with_guesses_preemptions_and_chunks_each_gets_what_it_gets_alone(
     assert {int(name): until_end(sequence) for name, sequence in sequences.items()} == expected
 
 
+def test_what_a_grammar_forces_is_computed_in_one_step(tokenizer_path: Path) -> None:
+    prompt, options = make_prompt(1, 6), {"guidance": regex("[0-9]abcdabcdabcd[0-9]"), "seed": 1}
+    expected = alone(tokenizer_path, prompt, **options)
+    bench = Bench(tokenizer_path, knowing([], lambda _: 99))  # no guesses but these
+    a = bench.driver.add("a", prompt, **options)
+    bench.run(a, num_drafts=7)
+    assert until_end(a) == expected
+    assert max(len(output.sampled_token_ids) for output in a.outputs) > 4
+    assert sum(len(output.sampled_token_ids) > 0 for output in a.outputs) < len(expected)
+
+
 def test_while_a_grammar_is_compiled_the_others_go_on_and_nothing_is_lost(tokenizer_path: Path) -> None:
     bench = Bench(tokenizer_path)
     ready = threading.Event()
@@ -246,16 +256,22 @@ def test_the_end_is_held_back_only_while_the_grammar_leaves_a_choice(
         assert re.fullmatch(pattern, bench.text(a)) and len(bench.text(a)) in length
 
 
-def test_compiled_grammars_are_kept_within_bounds(tokenizer_path: Path) -> None:
+def test_a_request_that_meets_a_limit_spoils_nothing_for_those_with_the_same_grammar(tokenizer_path: Path) -> None:
+    bomb = {"guidance": regex("((a{1,100}){1,100}){1,100}"), "min_tokens": 60, "max_tokens": 60}
     bench = Bench(tokenizer_path)
-    guides = bench.runner.batch._guides
-    for i in range(MAX_COMPILED + 20):
-        name = str(i)
-        a = bench.driver.add(name, make_prompt(i, 3), guidance=regex(f"a{{{i + 1}}}b"), max_tokens=1)
-        bench.run(a)
+    lengths = []
+    for name in "abc":
+        sequence = bench.driver.add(name, make_prompt(1, 6), **bomb)
+        failed: dict[str, str] = {}
+        while not failed:
+            failed = bench.driver.step({name: 0}).failed
+        assert "too many expressions" in failed[name]
+        lengths.append(len(sequence.output))
         bench.driver.finish(name)
-    assert len(guides._compiler._compiled) == MAX_COMPILED
-    assert len(guides._entries) == 1  # the last one's end goes with the next plan
+    assert lengths[0] > 0 and len(set(lengths)) == 1
+    bench.driver.add("d", make_prompt(1, 6))
+    bench.driver.step({"d": 0})
+    assert not bench.runner.batch._guides._entries  # nothing is kept of those that are gone
 
 
 # -- forbidden texts ---------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ class ReasoningConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     mode: str | None = None
 
 
-class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class ResponseStreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """`stream_options`."""
 
     include_obfuscation: bool = False
@@ -98,7 +98,7 @@ class ResponseRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     top_logprobs: int | None = None
     # form of the reply
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ResponseStreamOptions | None = None
     store: bool | None = None
     background: bool | None = None
     # bookkeeping, given back as it came; no other effect

@@ -7,6 +7,7 @@ of bodies or connections.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
@@ -104,14 +105,16 @@ class ResponseStore:
     ) -> None:
         self._max_responses = max_responses
         self._max_bytes = max_bytes
-        self._max_age = max_age
+        self.max_age = max_age
         self._tenants: dict[str, OrderedDict[str, StoredResponse]] = {}
 
     def add(self, tenant: str, stored: StoredResponse) -> None:
         """Keep a response. Raises OverloadedError if there is no room beside those that run."""
         kept = self._tenants.setdefault(tenant, OrderedDict())
+        stored.stored_at = time.monotonic()
         kept[stored.id] = stored
-        self.trim(tenant)
+        self._drop_old()
+        self._drop_excess(kept)
         running = [other for other in kept.values() if other.is_running]
         num_bytes = sum(other.num_bytes for other in running)
         if stored.id not in kept or len(running) > self._max_responses or num_bytes > self._max_bytes:
@@ -121,22 +124,27 @@ class ResponseStore:
                 f"{self._max_responses} responses, {self._max_bytes} bytes"
             )
 
-    def trim(self, tenant: str) -> None:
-        """Drop what is too old, and the oldest of what is too much."""
-        kept = self._tenants.get(tenant, OrderedDict())
-        oldest_allowed = time.monotonic() - self._max_age
+    def _is_old(self, stored: StoredResponse) -> bool:
+        return stored.stored_at < time.monotonic() - self.max_age and not stored.is_running
+
+    def _drop_old(self) -> None:
+        for kept in self._tenants.values():  # also of tenants that do not come any more
+            for stored in list(itertools.takewhile(self._is_old, kept.values())):
+                del kept[stored.id]
+
+    def _drop_excess(self, kept: OrderedDict[str, StoredResponse]) -> None:
         num_bytes = sum(stored.num_bytes for stored in kept.values())
         for stored in list(kept.values()):
-            too_much = len(kept) > self._max_responses or num_bytes > self._max_bytes
-            if (too_much or stored.stored_at < oldest_allowed) and not stored.is_running:
+            if len(kept) <= self._max_responses and num_bytes <= self._max_bytes:
+                return
+            if not stored.is_running:
                 num_bytes -= stored.num_bytes
                 del kept[stored.id]
 
     def get(self, tenant: str, response_id: str, *, param: str = "response_id") -> StoredResponse:
         """The response of that id. Raises ResponseNotFoundError, also for another tenant's."""
-        self.trim(tenant)
         stored = self._tenants.get(tenant, OrderedDict()).get(response_id)
-        if stored is None:
+        if stored is None or self._is_old(stored):
             raise ResponseNotFoundError(f"{param} is {response_id[:100]!r}; no such response is kept", param=param)
         return stored
 

@@ -12,7 +12,7 @@ import msgspec
 from aiohttp import web
 
 from servd.api.chat.call import ChatCall
-from servd.api.chat.plan import ChatPlan, plan_chat
+from servd.api.chat.plan import ChatPlan, encode_call, plan_chat
 from servd.api.http.answer_parts import AnswerParts, in_words_of, num_tokens
 from servd.api.http.anthropic.answer import MessageAnswer, error_event
 from servd.api.http.anthropic.blocks import template_messages
@@ -60,7 +60,9 @@ async def create_message(request: web.Request) -> web.StreamResponse:
             prompt_logprobs=None,
         )
     service.engine.check_room()
-    plan = await _plan(service, body, params)
+    call = _call(service, body, params)
+    with in_words_of(_names(call)):
+        plan = await plan_chat(service, call)
     message_id = service.new_request_id("msg")
     with renamed("guidance", plan.guidance_param):
         [stream] = await start_streams(
@@ -82,16 +84,27 @@ async def count_tokens(request: web.Request) -> web.Response:
     body = decode_body(await read_body(request), _COUNT_TOKENS)
     service.check_model(body.model)
     body.check()
-    plan = await _plan(service, body, SamplingParams(max_tokens=1))
-    return json_reply({"input_tokens": len(plan.prompt_token_ids)})
+    call = _call(service, body, SamplingParams(max_tokens=1))
+    with in_words_of(_names(call)):
+        return json_reply({"input_tokens": len(await encode_call(service, call))})
 
 
-async def _plan(service: InferenceService, body: Conversation, params: SamplingParams) -> ChatPlan:
-    """What the engine needs. Raises InvalidRequestError or UnsupportedError naming the client's field."""
+def _names(call: ChatCall) -> dict[str, str]:
+    return _NAMES | ({"reasoning_effort": "thinking.type"} if call.reasoning_effort == "none" else {})
+
+
+def _call(service: InferenceService, body: Conversation, params: SamplingParams) -> ChatCall:
+    """What is asked. Raises InvalidRequestError or UnsupportedError naming the client's field."""
+    if body.thinking is not None and body.thinking.type == "enabled" and service.chat_formats.reasoning_parser is None:
+        raise UnsupportedError(
+            "thinking.type is 'enabled'; this model does not think (or --reasoning-parser is not set); allowed: "
+            "'adaptive', 'disabled'",
+            param="thinking.type",
+        )
     messages = template_messages(body.system, body.messages)
     tools, tool_choice = body.call_tools()
     is_begun = messages[-1]["role"] == "assistant"  # the answer goes on from the words that the client gave it
-    call = ChatCall(
+    return ChatCall(
         messages,
         params,
         tools,
@@ -102,14 +115,6 @@ async def _plan(service: InferenceService, body: Conversation, params: SamplingP
         template_kwargs=body.template_kwargs,
         reasoning_effort=body.reasoning_effort,
     )
-    if body.thinking is not None and body.thinking.type == "enabled" and service.chat_formats.reasoning_parser is None:
-        raise UnsupportedError(
-            "thinking.type is 'enabled'; this model does not think (or --reasoning-parser is not set); allowed: "
-            "'adaptive', 'disabled'",
-            param="thinking.type",
-        )
-    with in_words_of(_NAMES if call.reasoning_effort != "none" else _NAMES | {"reasoning_effort": "thinking.type"}):
-        return await plan_chat(service, call)
 
 
 class _Making:

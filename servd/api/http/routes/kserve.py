@@ -16,7 +16,7 @@ from servd.api.http.context import SERVICE
 from servd.api.http.decode import decode_body, read_body
 from servd.api.http.errors import as_servd_error
 from servd.api.http.event_stream import send_events
-from servd.api.http.kserve import MODEL_PATHS, model_of, protocol_error, protocol_errors
+from servd.api.http.kserve import MODEL_PATHS, kserve_error_json, model_of
 from servd.api.http.openapi import GENERATES, Endpoint, Operation
 from servd.api.http.replies import json_reply
 from servd.api.http.reply_types import KServeErrorReply
@@ -226,7 +226,7 @@ async def _events(
         async for reply in replies:
             yield [_event(msgspec.json.encode(_generated(service, request_id, reply)))]
     except Exception as error:
-        yield [_event(protocol_error(as_servd_error(error)))]
+        yield [_event(kserve_error_json(as_servd_error(error)))]
 
 
 def _event(data: bytes) -> bytes:
@@ -271,10 +271,10 @@ _STREAM_OPERATION = Operation(
 )  # fmt: skip
 
 ROUTES = [
-    *(Endpoint("POST", f"{path}/infer", protocol_errors(infer), _INFER_OPERATION) for path in MODEL_PATHS),
-    *(Endpoint("POST", f"{path}/generate", protocol_errors(generate), _GENERATE_OPERATION) for path in MODEL_PATHS),
+    *(Endpoint("POST", f"{path}/infer", infer, _INFER_OPERATION) for path in MODEL_PATHS),
+    *(Endpoint("POST", f"{path}/generate", generate, _GENERATE_OPERATION) for path in MODEL_PATHS),
     *(
-        Endpoint("POST", f"{path}/generate_stream", protocol_errors(generate_stream), _STREAM_OPERATION)
+        Endpoint("POST", f"{path}/generate_stream", generate_stream, _STREAM_OPERATION)
         for path in MODEL_PATHS
     ),
 ]

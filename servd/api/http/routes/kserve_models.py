@@ -13,12 +13,13 @@ from aiohttp import web
 import servd
 from servd.api.http.context import SERVICE
 from servd.api.http.decode import decode_body, read_body
-from servd.api.http.kserve import MODEL_PATHS, model_of, protocol_errors
+from servd.api.http.kserve import MODEL_PATHS, model_of
 from servd.api.http.openapi import Endpoint, Operation
 from servd.api.http.replies import json_reply
 from servd.api.http.reply_types import KServeErrorReply
 from servd.api.kserve import model
 from servd.api.kserve.tensors import TensorSpec
+from servd.api.service import InferenceService
 from servd.errors import NotFoundError
 
 
@@ -38,17 +39,26 @@ async def server_metadata(request: web.Request) -> web.Response:
 
 async def live(request: web.Request) -> web.Response:
     """Who answers is alive."""
-    return web.Response()
+    return json_reply({"live": True})
 
 
 async def ready(request: web.Request) -> web.Response:
     """200 if requests are taken, else 503."""
-    return web.Response(status=200 if model.is_ready(request.app[SERVICE]) else 503)
+    return _readiness(request.app[SERVICE], {})
 
 
 async def model_ready(request: web.Request) -> web.Response:
     """The same of a model; 404 for one that does not exist."""
-    return await ready(_of_model(request))
+    service = _of_model(request).app[SERVICE]
+    return _readiness(service, {"name": service.model_name})
+
+
+def _readiness(service: InferenceService, about: dict[str, Any]) -> web.Response:
+    is_ready = model.is_ready(service)
+    response = json_reply(about | {"ready": is_ready})
+    if not is_ready:
+        response.set_status(503)
+    return response
 
 
 async def model_metadata(request: web.Request) -> web.Response:
@@ -118,33 +128,26 @@ def _metadata(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
 
 
-_SERVER = Operation("The server", reply=dict[str, Any])
-_PROBE = Operation("A probe", media_type="", replies={503: None}, public=True)
+_SERVER = Operation("The server", reply=dict[str, Any], error=KServeErrorReply)
+_PROBE = Operation("A probe", reply=dict[str, Any], replies={503: dict[str, Any]}, public=True, error=KServeErrorReply)
 _MODEL_PROBE = Operation(
-    "Whether the model takes requests",
-    media_type="",
-    replies={503: None},
-    errors=(NotFoundError,),
+    "Whether the model takes requests", reply=dict[str, Any], replies={503: dict[str, Any]}, errors=(NotFoundError,),
     error=KServeErrorReply,
-)
+)  # fmt: skip
 _MODEL = Operation("About the model", reply=dict[str, Any], errors=(NotFoundError,), error=KServeErrorReply)
 _LIST = Operation("The models there are", reply=list[dict[str, Any]], error=KServeErrorReply)
-_ABOUT_A_MODEL = (
-    ("/ready", model_ready, _MODEL_PROBE),
-    ("/config", model_config, _MODEL),
-    ("/stats", model_statistics, _MODEL),
-    ("", model_metadata, _MODEL),
-)
+_ABOUT_A_MODEL = {"/config": model_config, "/stats": model_statistics, "": model_metadata}
 
 ROUTES = [
     Endpoint("GET", "/v2", server_metadata, _SERVER),
     Endpoint("GET", "/v2/health/live", live, _PROBE),
     Endpoint("GET", "/v2/health/ready", ready, _PROBE),
-    Endpoint("GET", "/v2/models/stats", protocol_errors(model_statistics), _MODEL),
-    Endpoint("POST", "/v2/repository/index", protocol_errors(repository_index), _LIST),
+    Endpoint("GET", "/v2/models/stats", model_statistics, _MODEL),
+    Endpoint("POST", "/v2/repository/index", repository_index, _LIST),
+    *(Endpoint("GET", f"{path}/ready", model_ready, _MODEL_PROBE) for path in MODEL_PATHS),
     *(
-        Endpoint("GET", path + end, protocol_errors(handler), operation)
-        for end, handler, operation in _ABOUT_A_MODEL
+        Endpoint("GET", path + end, handler, _MODEL)
+        for end, handler in _ABOUT_A_MODEL.items()
         for path in MODEL_PATHS
     ),
 ]

@@ -15,7 +15,7 @@ import msgspec
 from aiohttp import web
 
 from servd.api.chat.call import ChatCall
-from servd.api.chat.plan import ChatPlan, plan_chat
+from servd.api.chat.plan import ChatPlan, encode_call, plan_chat
 from servd.api.http.answer_parts import AnswerParts, in_words_of, num_tokens
 from servd.api.http.context import CALLER, RESPONSES, SERVICE
 from servd.api.http.decode import decode_body, read_body
@@ -90,8 +90,10 @@ async def count_input_tokens(request: web.Request) -> web.Response:
     service.check_model(body.model)
     body.check()
     _, messages = _conversation(request, body)
-    plan = await _plan(service, body, messages)
-    return json_reply({"object": "response.input_tokens", "input_tokens": len(plan.prompt_token_ids)})
+    call = _call(service, body, messages)
+    with in_words_of(_NAMES):
+        token_ids = await encode_call(service, call)
+    return json_reply({"object": "response.input_tokens", "input_tokens": len(token_ids)})
 
 
 def _conversation(request: web.Request, body: ResponseRequest) -> tuple[list[Item], list[dict[str, Any]]]:
@@ -103,8 +105,8 @@ def _conversation(request: web.Request, body: ResponseRequest) -> tuple[list[Ite
     return items, template_messages(body.instructions, [*history, *items])
 
 
-async def _plan(service: InferenceService, body: ResponseRequest, messages: list[dict[str, Any]]) -> ChatPlan:
-    """What the engine needs. Raises InvalidRequestError or UnsupportedError naming the client's field."""
+def _call(service: InferenceService, body: ResponseRequest, messages: list[dict[str, Any]]) -> ChatCall:
+    """What is asked. Raises InvalidRequestError or UnsupportedError naming the client's field."""
     with renamed("max_tokens", "max_output_tokens"):
         params = body.generation().sampling_params(
             service.engine.tokenizer.vocab_size,
@@ -114,7 +116,7 @@ async def _plan(service: InferenceService, body: ResponseRequest, messages: list
             prompt_logprobs=None,
         )
     tools, tool_choice = body.call_tools()
-    call = ChatCall(
+    return ChatCall(
         messages,
         params,
         tools,
@@ -123,6 +125,11 @@ async def _plan(service: InferenceService, body: ResponseRequest, messages: list
         template_kwargs=body.chat_template_kwargs,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
     )
+
+
+async def _plan(service: InferenceService, body: ResponseRequest, messages: list[dict[str, Any]]) -> ChatPlan:
+    """What the engine needs. Raises InvalidRequestError or UnsupportedError naming the client's field."""
+    call = _call(service, body, messages)
     with in_words_of(_NAMES):
         plan = await plan_chat(service, call)
     if plan.new_reader is not None and body.shows_logprobs:

@@ -13,13 +13,13 @@ from aiohttp import web
 from servd.api.chat.call import ChatCall
 from servd.api.chat.plan import encode_call
 from servd.api.chat.tools import check_json
+from servd.api.conversation import MAX_TEMPLATE_VALUES
 from servd.api.http.context import SERVICE
 from servd.api.http.decode import decode_body, read_body
 from servd.api.http.messages import ChatMessage, template_messages
 from servd.api.http.openapi import Endpoint, Operation
 from servd.api.http.replies import json_reply
 from servd.api.http.reply_types import DetokenizeReply, TokenizeReply
-from servd.api.http.schema.chat import MAX_TEMPLATE_VALUES
 from servd.api.http.schema.chat_tools import ToolDefinition, tools_of
 from servd.api.service import MAX_DETOKENIZE_TOKENS, MAX_TOKENIZE_CHARS
 from servd.errors import InvalidRequestError, NotFoundError

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from servd.api.chat.call import ChatCall
 from servd.api.chat.tools import check_json
+from servd.api.conversation import MAX_TEMPLATE_VALUES, check_template_names
 from servd.api.http.messages import ChatMessage, template_messages
 from servd.api.http.schema.answer_format import answer_format
 from servd.api.http.schema.chat_tools import NamedToolChoice, ToolDefinition, tool_choice_of, tools_of
@@ -18,15 +19,7 @@ from servd.api.http.schema.generation import GenerationRequest
 from servd.errors import InvalidRequestError
 from servd.sampling_params import MAX_LOGPROBS, SamplingParams
 
-MAX_TEMPLATE_VALUES = 10_000  # numbers, texts, lists and objects in chat_template_kwargs, and in documents
 MAX_DOCUMENTS = 1024
-
-# What a template's caller may not override: the names that the renderer itself sets.
-_RESERVED_TEMPLATE_NAMES = frozenset(
-    ("messages", "tools", "documents", "tokenize", "chat_template", "add_generation_prompt", "continue_final_message",
-     "bos_token", "eos_token", "raise_exception", "strftime_now", "conversation", "return_dict", "tokenizer")
-)  # fmt: skip
-
 
 class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     """The body of /v1/chat/completions."""
@@ -95,11 +88,7 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
         check_count("documents", self.documents or (), MAX_DOCUMENTS)
         check_json(self.documents, "documents", MAX_TEMPLATE_VALUES)
         check_json(self.chat_template_kwargs, "chat_template_kwargs", MAX_TEMPLATE_VALUES)
-        for name in self.chat_template_kwargs or ():
-            if name in _RESERVED_TEMPLATE_NAMES:
-                raise InvalidRequestError(
-                    f"chat_template_kwargs holds {name!r}, which the server sets itself", param="chat_template_kwargs"
-                )
+        check_template_names(self.chat_template_kwargs or ())
 
     def to_call(self, params: SamplingParams) -> ChatCall:
         """The conversation to be answered. Raises InvalidRequestError or UnsupportedError naming the field."""
