@@ -40,7 +40,7 @@ assert.ok(response.output_text.length > 0);
 const embedding = await client.embeddings.create({ model, input: "the sea" });
 assert.ok(embedding.data[0].embedding.length > 0);
 
-await assert.rejects(client.chat.completions.create({ ...options, temperature: 9 }), OpenAI.BadRequestError);
+await assert.rejects(client.chat.completions.create({ ...options, top_p: 9 }), OpenAI.BadRequestError);
 
 const controller = new AbortController();
 const aborted = await client.chat.completions.create(

@@ -29,7 +29,8 @@ def client(server: Server) -> Iterator[anthropic.Anthropic]:
 
 
 def test_a_streamed_message_is_the_whole_one_in_pieces(client: anthropic.Anthropic) -> None:
-    options = {"model": MODEL, "max_tokens": 30, "system": "Be brief.", "messages": QUESTION, "temperature": 0}
+    greedy = {"temperature": 0}
+    options = {"model": MODEL, "max_tokens": 30, "system": "Be brief.", "messages": QUESTION, "extra_body": greedy}
     whole = client.messages.create(**options)
     with client.messages.stream(**options) as stream:
         text = "".join(stream.text_stream)
@@ -66,7 +67,7 @@ def test_errors_are_the_classes_that_programs_catch(client: anthropic.Anthropic,
     with pytest.raises(anthropic.NotFoundError):
         client.messages.create(model="none", max_tokens=5, messages=QUESTION)
     with pytest.raises(anthropic.BadRequestError):
-        client.messages.create(model=MODEL, max_tokens=0, messages=QUESTION)
+        client.messages.create(model=MODEL, max_tokens=-1, messages=QUESTION)
     with anthropic.Anthropic(base_url=server.url, api_key="wrong", max_retries=0) as stranger:
         with pytest.raises(anthropic.AuthenticationError):
             stranger.messages.create(model=MODEL, max_tokens=5, messages=QUESTION)

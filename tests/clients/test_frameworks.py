@@ -10,7 +10,7 @@ import openai
 from langchain_core.messages import HumanMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from tests.clients.conftest import KEY, MODEL, Server
 
@@ -21,6 +21,7 @@ import litellm
 class City(BaseModel):
     """A city."""
 
+    model_config = ConfigDict(extra="forbid")  # else the schema allows endless further fields
     name: Literal["Lisbon", "Oslo"] = Field(description="of the city")
     districts: int = Field(ge=1, le=99)
 

@@ -153,8 +153,8 @@ def test_errors_are_the_classes_that_programs_catch(client: openai.OpenAI, serve
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="gpt-none", messages=QUESTION)
     with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=9)
-    assert refused.value.param == "temperature"
+        client.chat.completions.create(model=MODEL, messages=QUESTION, top_p=9)
+    assert refused.value.param == "top_p"
     with openai.OpenAI(base_url=server.openai_url, api_key="wrong", max_retries=0) as stranger:
         with pytest.raises(openai.AuthenticationError):
             stranger.models.list()

@@ -28,7 +28,7 @@ def test_a_program_for_triton_works_unchanged(tmp_path: Path) -> None:
             server, grpc_port = await start_grpc(service, config)
             try:
                 program = await asyncio.create_subprocess_exec(
-                    sys.executable, str(Path(__file__).with_name("triton.py")),
+                    sys.executable, str(Path(__file__).with_name("triton_program.py")),
                     f"127.0.0.1:{grpc_port}", f"127.0.0.1:{http_port}", "fake",
                     stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
                 )  # fmt: skip
