@@ -47,7 +47,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(0, 2), stop=st.booleans(), constrained=st.booleans(),
     )  # fmt: skip
     def add(self, kind, length, max_tokens, n, priority, stop, constrained):
-        prompt = [(kind * 13 + i * kind) % 90 for i in range(min(length, self.longest - max_tokens))]
+        prompt = [(kind * 13 + i * kind) % 90 for i in range(min(length, max(self.longest - max_tokens, 1)))]
         stop_ids = tuple(expected_tokens(prompt, 5)[4:]) if stop else ()
         allowed = tuple(range(97)) if constrained else None  # all there are: such requests are deferred now and then
         params = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_ids, allowed_token_ids=allowed)
