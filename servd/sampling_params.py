@@ -149,10 +149,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             _fail("max_tokens", 0, "at least 1 with use_beam_search")
         for name, neutral in _NEUTRAL_FOR_BEAMS.items():
             if getattr(self, name) not in neutral:
+                numbers = " or ".join(f"{value:g}" for value in neutral if isinstance(value, (int, float)))
+                shown = repr(getattr(self, name))[:100] if numbers else "set"
                 raise UnsupportedError(
-                    f"{name} is {getattr(self, name)!r}; allowed with use_beam_search: "
-                    f"{' or '.join(repr(value) for value in neutral)}",
-                    param=name,
+                    f"{name} is {shown}; allowed with use_beam_search: {numbers or 'to leave it out'}", param=name
                 )
 
     def _validate_pooling(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from servd.engine import guidance
 from servd.sampling_params import SamplingParams
-from tests.api.http.serving import COMPLETIONS, Served, serve
+from tests.api.http.serving import CHAT, COMPLETIONS, Served, serve
 from tests.api.http.test_completions import REPLIES, ask, completion
 
 BEAMS: dict[str, Any] = {"prompt": "count", "max_tokens": 6, "use_beam_search": True, "return_token_ids": True}
@@ -84,6 +84,19 @@ def test_a_search_is_not_sampled_as_the_model_recommends(tmp_path: Path) -> None
         async with serve(tmp_path) as server:
             server.engine.sampling_defaults = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
             assert len((await completion(server, BEAMS | {"n": 2}))["choices"]) == 2
+
+    asyncio.run(main())
+
+
+def test_a_chat_is_searched_like_its_prompt(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path) as server:
+            fields = {"max_tokens": 6, "use_beam_search": True, "n": 2, "best_of": 3, "return_token_ids": True}
+            body = {"messages": [{"role": "user", "content": "count"}]} | fields
+            chat = (await server.post(CHAT, body)).json()
+            text = await completion(server, {"prompt": chat["prompt_token_ids"]} | fields)
+            expected = [choice["token_ids"] for choice in text["choices"]]
+            assert [choice["token_ids"] for choice in chat["choices"]] == expected
 
     asyncio.run(main())
 
@@ -226,9 +239,9 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (SEARCH | {"early_stopping": "always"}, "early_stopping", "early_stopping"),
     (SEARCH | {"best_of": 100}, "best_of", "best_of is 100; allowed with use_beam_search: at most --max-num-seqs (64)"),
     (SEARCH | {"n": 100}, "n", "n is 100; allowed with use_beam_search: at most --max-num-seqs (64)"),
-    (SEARCH | {"temperature": 0.7}, "temperature", "temperature is 0.7; allowed with use_beam_search: 0.0 or 1.0"),
+    (SEARCH | {"temperature": 0.7}, "temperature", "temperature is 0.7; allowed with use_beam_search: 0 or 1"),
     (SEARCH | {"top_k": 5}, "top_k", "top_k is 5; allowed with use_beam_search"),
-    (SEARCH | {"stop": "x"}, "stop", "allowed with use_beam_search"),
+    (SEARCH | {"stop": "x"}, "stop", "stop is set; allowed with use_beam_search: to leave it out"),
     (SEARCH | {"logit_bias": {"5": 1}}, "logit_bias", "allowed with use_beam_search"),
     (SEARCH | {"guided_regex": "a"}, "guided_regex", "allowed with use_beam_search"),
     (SEARCH | {"max_tokens": 0}, "max_tokens", "max_tokens is 0; allowed: at least 1 with use_beam_search"),
