@@ -47,7 +47,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(0, 2), stop=st.booleans(), constrained=st.booleans(),
     )  # fmt: skip
     def add(self, kind, length, max_tokens, n, priority, stop, constrained):
-        max_tokens = min(max_tokens, self.longest - 1)
+        max_tokens = min(max_tokens, self.longest - 1)  # pinned blocks may leave little room
         prompt = [(kind * 13 + i * kind) % 90 for i in range(min(length, self.longest - max_tokens))]
         stop_ids = tuple(expected_tokens(prompt, 5)[4:]) if stop else ()
         allowed = tuple(range(97)) if constrained else None  # all there are: such requests are deferred now and then
