@@ -124,16 +124,11 @@ class RequestLog:
         if plan.new_requests:
             waits = self._waits_now()
             for new in plan.new_requests:
-                found = self._live.get(new.request_id) or self._first_of_search(new.request_id)
+                found = self._live.get(new.request_id)
                 if found is not None:
                     found[1].started(now, waits)
                 for record in self._searched_for(new.request_id):
                     record.search_started(now, waits)
-
-    def _first_of_search(self, request_id: str) -> tuple[_Call, AnswerRecord] | None:
-        """Whose first beam this is (see BeamSearches), if that is what it is."""
-        answer_id, _, number = request_id.rpartition(".")
-        return self._live.get(answer_id) if number == "0" else None
 
     def waits_for(self, cause: str) -> None:
         """What keeps the head of the queue from starting, from now on."""
