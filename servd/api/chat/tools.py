@@ -176,6 +176,15 @@ def _check_strict(tools: Sequence[Tool]) -> None:
                 raise type(error)(f"{param} with strict: {error.message}", param=param) from None
 
 
+def can_be_strict(parameters: Mapping[str, Any] | None) -> bool:
+    """Whether arguments can be held to the schema: it has no keyword that servd does not know."""
+    try:
+        check_keywords(parameters or {})
+    except InvalidRequestError:
+        return False
+    return True
+
+
 def callable_tools(call: ChatCall) -> tuple[Tool, ...]:
     """The tools that this answer may call."""
     if call.tool_choice.mode == "none":

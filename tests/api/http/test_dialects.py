@@ -25,9 +25,8 @@ CHAT_TOOLS = [
     {"type": "function", "function": TOOL | {"parameters": PARAMETERS}},
     {"type": "function", "function": NOW | {"parameters": NO_PARAMETERS}},
 ]
-RESPONSE_TOOLS = [
-    {"type": "function"} | TOOL | {"parameters": PARAMETERS}, {"type": "function"} | NOW | {"parameters": NO_PARAMETERS}
-]  # fmt: skip
+FREE = {"type": "function", "strict": False}  # in Responses functions are strict unless told otherwise
+RESPONSE_TOOLS = [FREE | TOOL | {"parameters": PARAMETERS}, FREE | NOW | {"parameters": NO_PARAMETERS}]
 MESSAGE_TOOLS = [TOOL | {"input_schema": PARAMETERS}, NOW | {"input_schema": NO_PARAMETERS}]
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}}}
 

@@ -375,3 +375,26 @@ def test_the_official_client_calls_tools(tmp_path: Path) -> None:
             assert [call.parsed_arguments for call in parsed] == [{"city": "Oslo"}, {"city": "Rome"}]
 
     run(tmp_path, main)
+
+
+@pytest.mark.parametrize(
+    ("schema", "given", "strict"),
+    [
+        ({"type": "object", "properties": {"city": {"type": "string"}}}, None, True),
+        ({"type": "object", "properties": {"city": {"type": "string"}}}, False, False),
+        ({"type": "object", "unevaluatedItems": False}, None, False),
+        ({"type": "object", "unevaluatedItems": False}, False, False),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("tags")
+def test_functions_are_strict_unless_told_otherwise_where_their_schema_permits(
+    tmp_path: Path, schema: dict[str, Any], given: bool | None, strict: bool
+) -> None:
+    async def main(server: Served) -> None:
+        tool = {"type": "function", "name": "weather", "parameters": schema, "strict": given}
+        reply = await server.post("/v1/responses", {"input": "weather", "tools": [tool]})
+        assert (reply.status, reply.json()["tools"][0]["strict"]) == (200, strict)
+        guidance = server.executor.plans[0].new_requests[0].sampling_params.guidance
+        assert (guidance is not None and "city" in guidance) is strict
+
+    run(tmp_path, main)

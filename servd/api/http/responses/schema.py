@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from servd.api.chat.call import AnswerFormat, Tool, ToolChoice
+from servd.api.chat.tools import can_be_strict
 from servd.api.http.fields import Fields, check_neutral
 from servd.api.http.schema import GenerationRequest
 from servd.api.http.schema.checks import check_count, check_length, check_range
@@ -260,18 +261,17 @@ def check_includes(include: list[str] | None) -> None:
 
 
 def _tool(value: object, where: str) -> Tool:
+    """A function; unless told otherwise it is strict, where its schema permits that: so OpenAI has it in Responses."""
     fields = Fields(value, where)
     kind: str = fields.required("type", str)
     if kind != "function":
         raise UnsupportedError(
             f"{where}.type is {kind[:100]!r}; servd has no built-in tools; allowed: 'function'", param=f"{where}.type"
         )
-    tool = Tool(
-        fields.required("name", str),
-        fields.optional("description", str),
-        fields.optional("parameters", dict),
-        fields.optional("strict", bool) or False,
-    )
+    name, description = fields.required("name", str), fields.optional("description", str)
+    parameters: dict[str, Any] | None = fields.optional("parameters", dict)
+    strict: bool | None = fields.optional("strict", bool)
+    tool = Tool(name, description, parameters, can_be_strict(parameters) if strict is None else strict)
     fields.neutral("async", False)
     fields.neutral("allowed_callers", [], ["direct"])
     fields.neutral("defer_loading", False)
