@@ -137,3 +137,22 @@ def test_a_line_of_forks_that_kills_the_workers_is_given_up(make_scheduler):
             scheduler.fork(parent, request)
             scheduler.release(parent)
     assert errors == [GIVEN_UP]
+
+
+def test_a_fork_that_finds_no_seat_waits_and_is_computed_anew(make_scheduler):
+    scheduler, worker = make_scheduler(max_num_seqs=2), WorkerModel(4)
+    root = one_token_request("root", list(range(10)))
+    scheduler.add(root)
+    step(scheduler, worker)
+    children = children_of(root, 3)
+    for child in children:
+        scheduler.fork(root, child)
+    scheduler.release(root)
+    assert (len(scheduler.running), len(scheduler.waiting)) == (2, 1)
+    assert len(step(scheduler, worker)) == 2
+    for child in children[:2]:
+        scheduler.release(child)
+    step(scheduler, worker)
+    assert [child.finish_reason for child in children] == [FinishReason.LENGTH] * 3
+    scheduler.release(children[2])
+    assert scheduler.cache.pool.num_free == scheduler.cache.pool.num_usable

@@ -185,6 +185,24 @@ def test_constrained_requests_do_not_wait_for_the_grammar_of_another(
     ready.set()
 
 
+def test_a_mask_that_took_long_is_made_apart_the_next_time(
+    tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("servd.worker.structured_output.SLOW_SECONDS", 0)
+    bench = Bench(tokenizer_path)
+    slow = bench.driver.add("slow", make_prompt(1, 6), **REQUESTS[0])
+    while not slow.output:
+        bench.driver.step({"slow": 0})
+    ready = threading.Event()
+    bench.runner.batch._guides._slow.submit(ready.wait, 60)
+    bench.driver.add("other", make_prompt(2, 9), **REQUESTS[5])
+    for _ in range(3):
+        assert bench.driver.step({"slow": 0, "other": 0}).request_ids == ["other"]
+    ready.set()
+    bench.run(slow)
+    assert until_end(slow) == alone(tokenizer_path, slow.prompt, **REQUESTS[0])
+
+
 def test_a_step_that_gives_nobody_a_token_waits_for_a_mask_that_was_begun_before(
     tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
