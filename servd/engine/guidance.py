@@ -30,6 +30,7 @@ from servd.grammar import (
     load_vocabulary,
     reason_of,
 )
+from servd.sampling_params import is_utf8
 
 ANY_JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
 # JSON on one line, with or without a space behind commas and colons: no model can write whitespace for ever.
@@ -59,7 +60,7 @@ def from_json_schema(schema: Mapping[str, Any], *, param: str = "guidance") -> s
 
 def from_regex(pattern: str, *, param: str = "guidance") -> str:
     r"""Answers match `pattern` as a whole (Rust's regex syntax without look-around; \d, \w and \s are ASCII)."""
-    if not isinstance(pattern, str) or (len(pattern) - len(pattern.rstrip("\\"))) % 2:
+    if not isinstance(pattern, str) or not is_utf8(pattern) or (len(pattern) - len(pattern.rstrip("\\"))) % 2:
         raise InvalidRequestError(f"{param} is {str(pattern)[:100]!r}; allowed: a regular expression", param=param)
     return from_lark(f"start: /{regex_to_lark(pattern, 'dws')}/")
 

@@ -278,6 +278,11 @@ def test_a_grammar_that_cannot_be_served_is_refused_soon(text, checker):
     assert time.monotonic() - began < 2
 
 
+def test_a_regex_that_no_utf_8_can_hold_is_refused():
+    with pytest.raises(InvalidRequestError, match="guided_regex"):
+        guidance.from_regex("a\ud800", param="guided_regex")
+
+
 @pytest.mark.parametrize("pattern", ["(a+)+b", "(a|aa){1,5000}", "(.*a.{25}|.*b.{27})", "((a{1,100}){1,100}){1,100}"])
 def test_a_regex_bomb_is_judged_soon(pattern, checker):
     began = time.monotonic()
