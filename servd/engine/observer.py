@@ -1,7 +1,7 @@
 """What the engine is doing, for people who look: requests, last steps, the KV blocks as a map, latencies.
 
-Only reads, and only while somebody looks. Knows nothing of HTTP; texts and tokens are not in it. Requests are listed for
-their own tenant alone: others see how many there are.
+Only reads, and only while somebody looks. Knows nothing of HTTP; texts and tokens are not in it. Requests are listed
+for their own tenant alone: others see how many there are.
 """
 
 from __future__ import annotations
@@ -224,9 +224,9 @@ class EngineFeed:
             raise OverloadedError(f"{self.num_listeners} listeners follow the engine; allowed: {MAX_LISTENERS}")
 
     async def frames(self, tenant: str = "") -> AsyncGenerator[bytes, None]:
-        """EngineViews as JSON, as the tenant may see them, until the engine is over; a slow listener misses those in between.
+        """EngineViews as JSON, as the tenant may see them, until the engine is over.
 
-        Close it (`aclose`) when done. Raises OverloadedError.
+        A slow listener misses those in between. Close it (`aclose`) when done. Raises OverloadedError.
         """
         self.check_room()
         self._listeners[tenant] += 1
