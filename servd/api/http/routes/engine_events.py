@@ -10,7 +10,7 @@ from contextlib import aclosing
 
 from aiohttp import web
 
-from servd.api.http.context import ENGINE_FEED, WRITE_TIMEOUT
+from servd.api.http.context import CALLER, ENGINE_FEED, WRITE_TIMEOUT
 from servd.api.http.openapi import EVENTS, Endpoint, Operation
 from servd.engine.observer import EngineView
 from servd.errors import OverloadedError
@@ -20,7 +20,7 @@ async def engine_events(request: web.Request) -> web.StreamResponse:
     """Follow the engine: one event a quarter of a second while there is work, one a second while there is none.
 
     A listener that reads slowly misses events; one that reads nothing is cut off. The stream ends when the server
-    shuts down. No text or token of any request is in it.
+    shuts down. No text or token of any request is in it, and of other tenants' requests only how many there are.
     """
     feed = request.app[ENGINE_FEED]
     feed.check_room()
@@ -28,7 +28,7 @@ async def engine_events(request: web.Request) -> web.StreamResponse:
         headers={"Content-Type": EVENTS, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     )
     await response.prepare(request)
-    async with aclosing(feed.frames()) as frames:
+    async with aclosing(feed.frames(request[CALLER].tenant)) as frames:
         async for frame in frames:
             try:
                 async with asyncio.timeout(request.app[WRITE_TIMEOUT]):
