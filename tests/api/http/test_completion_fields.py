@@ -138,7 +138,7 @@ def test_the_server_says_how_many_prompts_a_call_may_have(tmp_path: Path) -> Non
     async def main() -> None:
         async with serve(tmp_path, server=ServerConfig(port=0, max_prompts=2)) as server:
             assert (await server.post(COMPLETIONS, {"prompt": ["a", "b"], "max_tokens": 1})).status == 200
-            error = (await server.post(COMPLETIONS, {"prompt": ["a", "b", "c"], "max_tokens": 1})).error
+            error = (await server.post(COMPLETIONS, {"prompt": ["a", "b", "c"], "max_tokens": 1})).error()
             assert (error["param"], error["message"]) == ("prompt", "prompt has 3 prompts; allowed: at most 2")
 
     asyncio.run(main())
