@@ -10,7 +10,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -65,15 +65,10 @@ async def measure(
 ) -> tuple[float, float, float]:
     """Microseconds a token in user and system mode, and tokens/s, while all streams decode; grpc_port -1: by HTTP."""
     counts = [0] * num_streams
-    client: AbstractAsyncContextManager[Any]
-    read: Callable[..., Awaitable[None]]
-    if grpc_port >= 0:
-        client, read = grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}"), read_grpc
-    else:
-        connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(None)
-        client, read = aiohttp.ClientSession(url, connector=connector, timeout=timeout), read_http
-    async with client as opened:
-        tasks = [asyncio.ensure_future(read(opened, i, counts, num_tokens)) for i in range(num_streams)]
+    read: Callable[[Any, int, list[int], int], Coroutine[Any, Any, None]]
+    read = read_grpc if grpc_port >= 0 else read_http
+    async with connected(url, grpc_port) as client:
+        tasks = [asyncio.create_task(read(client, i, counts, num_tokens)) for i in range(num_streams)]
         while min(counts) < 2:
             await asyncio.sleep(0.01)
         began, first, (user, system) = time.perf_counter(), sum(counts), cpu_s(process)
@@ -82,6 +77,13 @@ async def measure(
         seconds, tokens, (user_after, system_after) = time.perf_counter() - began, sum(counts) - first, cpu_s(process)
         await asyncio.gather(*tasks)
     return 1e6 * (user_after - user) / tokens, 1e6 * (system_after - system) / tokens, tokens / seconds
+
+
+def connected(url: str, grpc_port: int) -> AbstractAsyncContextManager[Any]:
+    """What the streams are read with."""
+    if grpc_port >= 0:
+        return grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}")
+    return aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(None))
 
 
 async def read_grpc(channel: grpc.aio.Channel, number: int, counts: list[int], num_tokens: int) -> None:

@@ -10,7 +10,7 @@ import logging
 import socket
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,11 @@ def request_in(
             context.wrap_socket(plain, server_hostname="localhost", session=session) as secure,
         ):
             secure.sendall(GET_HEALTH)
-            return secure.recv(1000), secure.session
+            answer = b"".join(iter(lambda: secure.recv(1000), b""))
+            found = secure.session
+            with suppress(ssl.SSLError, OSError):
+                secure.unwrap()  # a session that is not ended in good order is not kept
+            return answer, found
     except (ssl.SSLError, ConnectionError):
         return b"", None
 
