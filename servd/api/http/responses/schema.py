@@ -152,6 +152,7 @@ class ResponseRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                     "GET /v1/responses/{id}?stream=true sends again",
                     param="stream_options",
                 )
+        self.generation().check()
         self._check_metadata()
         if self.max_tool_calls is not None:
             check_range("max_tool_calls", self.max_tool_calls, 1, 1 << 31)
@@ -179,7 +180,6 @@ class ResponseRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     def shows_logprobs(self) -> bool:
         """Whether the text's tokens come with their log-probabilities."""
         return LOGPROBS in (self.include or ())
-
 
     def generation(self) -> GenerationRequest:
         """The fields that all dialects share."""
