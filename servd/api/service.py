@@ -161,7 +161,9 @@ class InferenceService:
         """
         caller = current_caller()
         self.check_model(self.model_name)
-        charge = None if caller.limits is None else caller.limits.begin(len(prompt_token_ids), params.n)
+        charge = None
+        if caller.limits is not None:
+            charge = caller.limits.begin(len(prompt_token_ids), params.n, params.num_sequences)
         try:
             stream = self.engine.generate(
                 prompt_token_ids, params, request_id=request_id, priority=priority, timeout=timeout,

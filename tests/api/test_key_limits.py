@@ -38,6 +38,8 @@ class Fronts:
     session: aiohttp.ClientSession
     url: str
     stub: Any
+    channel: grpc.aio.Channel
+    key_file: Path
 
     async def complete(self, who: str, **fields: Any) -> tuple[int, Any, dict[str, Any]]:
         body = {"prompt": "hello", "max_tokens": 5} | fields
@@ -64,7 +66,7 @@ async def fronts(folder: Path, *entries: dict[str, Any], **options: Any) -> Asyn
         try:
             async with aiohttp.ClientSession() as session, grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}") as chan:
                 stub = pb_grpc.InferenceStub(chan)  # type: ignore[no-untyped-call]
-                yield Fronts(fake, session, f"http://127.0.0.1:{port}", stub)
+                yield Fronts(fake, session, f"http://127.0.0.1:{port}", stub, chan, file)
             await fake.wait_idle()
         finally:
             await server.stop(0)
