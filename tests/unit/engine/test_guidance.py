@@ -106,6 +106,26 @@ def test_json_is_on_one_line_with_at_most_a_space_between(vocabulary):
         assert not follows(spaced, text, vocabulary)
 
 
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "integer"}, ["0", "-9007199254740991", "9007199254740991"], ["9007199254740992", "1" * 20]),
+        ({"type": ["integer", "null"]}, ["null", "7"], ["1" * 20]),
+        ({"type": "integer", "minimum": 5}, ["5", "9007199254740991"], ["4", "1" * 20]),
+        ({"type": "integer", "exclusiveMaximum": 5}, ["4", "-9007199254740991"], ["5", "-" + "1" * 20]),
+        ({"items": {"$ref": "#/$defs/i"}, "$defs": {"i": {"type": "integer"}}}, ["[1]"], [f"[{10**20}]"]),
+        ({"type": "integer", "minimum": 10**17, "maximum": 2 * 10**17}, [str(10**17)], ["5"]),
+        ({"type": "integer", "enum": [3, 10**17]}, ["3", str(10**17)], ["5"]),
+    ],
+)
+def test_an_integer_ends(schema, good, bad, vocabulary):
+    text = guidance.from_json_schema(schema)
+    for answer in good:
+        assert follows(answer, text, vocabulary), answer
+    for answer in bad:
+        assert not follows(answer, text, vocabulary), answer
+
+
 def test_the_librarys_tokens_have_the_bytes_of_ours(tmp_path):
     files = write_folder(tmp_path, sentencepiece_backend())
     tokenizer, size = Tokenizer.from_files(files), 300
