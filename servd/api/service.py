@@ -76,6 +76,14 @@ class InferenceService:
         if name and name != self.model_name:
             raise NotFoundError(f"model {name!r} does not exist; served here: {self.model_name!r}", param="model")
 
+    def check_num_prompts(self, count: int, *, param: str = "prompt") -> None:
+        """Raise InvalidRequestError for more prompts than the caller may ever have in work: to try again is no use."""
+        limits = current_caller().limits
+        if limits is not None and limits.max_concurrent is not None and count > limits.max_concurrent:
+            raise InvalidRequestError(
+                f"{param} has {count} prompts; allowed with this key: {limits.max_concurrent} at once", param=param
+            )
+
     def new_request_id(self, prefix: str) -> str:
         """A fresh id such as 'cmpl-5f0c…'."""
         return f"{prefix}-{uuid.uuid4().hex}"

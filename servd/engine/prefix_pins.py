@@ -29,7 +29,7 @@ from servd.sampling_params import SamplingParams
 logger = logging.getLogger("servd.engine")
 
 DEFAULT_TTL_SECONDS = 3600.0
-MAX_TTL_SECONDS = 7 * 24 * 3600.0
+MIN_TTL_SECONDS, MAX_TTL_SECONDS = 1.0, 7 * 24 * 3600.0
 MAX_NAME_CHARS = 256
 RETRY_SECONDS = 0.5  # between tries to queue a lost prefix again
 MAX_TRIES = 8  # a prefix that is preempted in the very step that ends it is computed again
@@ -125,7 +125,7 @@ class PrefixPins:
         A caller that is cancelled meanwhile leaves the pin to itself. Raises InvalidRequestError, PinQuotaError, and
         what computing a prompt may raise.
         """
-        if not 1 <= ttl_seconds <= MAX_TTL_SECONDS:
+        if not MIN_TTL_SECONDS <= ttl_seconds <= MAX_TTL_SECONDS:
             raise InvalidRequestError(
                 f"ttl_seconds is {ttl_seconds:g}; allowed: 1 to {MAX_TTL_SECONDS:g}", param="ttl_seconds"
             )

@@ -166,8 +166,10 @@ class RequestLog:
         )  # fmt: skip
         self._steps.appendleft(step)
         for update in updates:
-            if (found := self._live.get(update.request.request_id)) is not None:
+            found = self._live.get(update.request.request_id)
+            if found is not None:
                 found[1].step(update, step, self._steps)
+                continue
             for record in self._searched_for(update.request.request_id):
                 record.search_step(step)
 

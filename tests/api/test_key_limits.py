@@ -133,6 +133,18 @@ def test_an_answer_in_work_holds_its_place_until_it_ends_or_the_client_goes(tmp_
     asyncio.run(main())
 
 
+def test_more_prompts_than_the_key_may_ever_have_in_work_are_refused_for_good(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with fronts(tmp_path, {"name": "ann", "max_concurrent": 2}, {"name": "bob"}) as servers:
+            status, headers, body = await servers.complete("ann", prompt=["a", "b", "c"])
+            assert (status, body["error"]["param"]) == (400, "prompt") and "Retry-After" not in headers
+            assert "allowed with this key: 2 at once" in body["error"]["message"]
+            assert (await servers.complete("ann", prompt=["a", "b"]))[0] == 200
+            assert (await servers.complete("bob", prompt=["a", "b", "c"]))[0] == 200
+
+    asyncio.run(main())
+
+
 def test_a_model_out_of_scope_looks_like_none(tmp_path: Path) -> None:
     async def main() -> None:
         entries = ({"name": "ann", "models": ["other"]}, {"name": "bob", "models": ["fake"]})

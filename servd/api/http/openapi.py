@@ -253,8 +253,10 @@ def _schemas(operations: Sequence[Operation]) -> tuple[dict[Any, dict[str, Any]]
 
 
 def _narrow(schema: dict[str, Any], ranges: Mapping[str, Any]) -> None:
-    """Add each keyword to the alternative whose type it is about."""
+    """Add each keyword to the alternative whose type it is about; an enum stands for all of them."""
     for keyword, value in ranges.items():
+        if keyword == "enum":
+            schema.pop("anyOf", None)
         kinds = _KEYWORD_TYPES.get(keyword, ())
         for alternative in schema.get("anyOf", [schema]):
             if not kinds or alternative.get("type") in kinds:
@@ -270,7 +272,11 @@ _KEYWORD_TYPES = {
     "minItems": ("array",),
     "maxItems": ("array",),
     "items": ("array",),
+    "pattern": ("string",),
     "maxProperties": ("object",),
+    "properties": ("object",),
+    "required": ("object",),
+    "oneOf": ("object",),
     "propertyNames": ("object",),
     "additionalProperties": ("object",),
 }

@@ -20,16 +20,20 @@ Frame = dict[str, Any]
 
 
 class Listener:
-    """Reads events one by one; each must be an EngineView."""
+    """Reads events one by one; each must be the next in number, and an EngineView."""
 
     def __init__(self, response: Any) -> None:
         self.response = response
+        self.num_events = 0
 
     async def next(self) -> Frame | None:
         async with asyncio.timeout(5):
             line = await self.response.content.readline()
             if not line:
                 return None
+            self.num_events += 1
+            assert line == b"id: engine:%d\n" % self.num_events
+            line = await self.response.content.readline()
             assert line.startswith(b"data: "), line
             assert await self.response.content.readline() == b"\n"
         msgspec.json.decode(line[6:], type=EngineView)

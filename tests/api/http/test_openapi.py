@@ -2,6 +2,7 @@
 
 import asyncio
 
+import jsonschema
 import pytest
 
 from servd.api.http.app import discover_routes
@@ -73,3 +74,48 @@ def test_errors_and_keys_are_described(tmp_path):
     assert paths["/health"]["get"]["security"] == []
     assert "security" not in chat  # the document's own: with a key, where the server asks for one
     assert paths["/v1/models/{model}"]["get"]["parameters"][0]["name"] == "model"
+
+
+MESSAGE = {"role": "user", "content": "hi"}
+CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+CACHED = {"cache_control": {"type": "ephemeral", "ttl": None}}
+RESULT = {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "x"}]}
+BODIES = [
+    ("/v1/responses", {"input": [MESSAGE, CALL, {"type": "function_call_output", "call_id": "c", "output": "1"}]}, 200),
+    ("/v1/responses", {"input": [{"type": "reasoning", "summary": []}, MESSAGE | {"type": "message"}]}, 200),
+    ("/v1/responses", {"input": "x", "tool_choice": "none", "include": ["message.output_text.logprobs"]}, 200),
+    ("/v1/responses", {"input": [MESSAGE | {"role": "tool"}]}, 400),
+    ("/v1/responses", {"input": [{"type": "function_call", "call_id": "c"}]}, 400),
+    ("/v1/responses", {"input": "x", "tool_choice": "any"}, 400),
+    ("/v1/responses", {"input": "x", "temperature": 101}, 400),
+    ("/v1/responses", {"input": "x", "text": {"format": {"type": "xml"}}}, 400),
+    ("/v1/messages", {"messages": [MESSAGE, MESSAGE | {"content": [RESULT]}], "max_tokens": 4}, 200),
+    ("/v1/messages", {"messages": [MESSAGE], "max_tokens": 4} | CACHED, 200),
+    ("/v1/messages", {"messages": [MESSAGE], "cache_control": {"type": "other"}, "max_tokens": 4}, 400),
+    ("/v1/messages", {"messages": [{"role": "assistant", "content": [RESULT]}], "max_tokens": 4}, 400),
+    ("/v1/messages", {"messages": [MESSAGE], "max_tokens": 0}, 400),
+    ("/v1/messages", {"messages": [], "max_tokens": 4}, 400),
+    ("/v1/messages", {"messages": [MESSAGE], "tools": [{"name": "f"}], "max_tokens": 4}, 400),
+    ("/v1/responses", {"input": "x", "cache_salt": ""}, 400),
+    ("/v1/responses", {"input": "x", "deadline_ms": 86400001}, 400),
+    ("/v1/messages", {"messages": [MESSAGE], "max_tokens": 4, "cache_salt": ""}, 400),
+    ("/v1/messages", {"messages": [MESSAGE], "max_tokens": 4, "deadline_ms": 86400001}, 400),
+    ("/v1/embeddings", {"input": [[1, 2]], "pooling": "mean", "dimensions": 1}, 200),
+    ("/v1/embeddings", {"input": "x", "pooling": "max"}, 400),
+    ("/v1/prefixes", {"text": "x" * 40, "ttl_seconds": 1}, 200),
+    ("/v1/prefixes", {"text": "x" * 40, "ttl_seconds": 0.5}, 400),
+]
+
+
+def test_a_body_is_taken_just_where_the_document_says_so(tmp_path):
+    async def main():
+        async with serve(tmp_path) as served:
+            spec = (await served.request("GET", "/openapi.json")).json()
+            return spec, [await served.post(path, {"model": "fake"} | body) for path, body, _ in BODIES]
+
+    spec, replies = asyncio.run(main())
+    for (path, body, status), reply in zip(BODIES, replies, strict=True):
+        schema = spec["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        validator = jsonschema.Draft202012Validator({"components": spec["components"]} | schema)
+        problems = [error.message for error in validator.iter_errors({"model": "fake"} | body)]
+        assert (reply.status, not problems) == (status, status == 200), (path, body, reply.body, problems)

@@ -189,6 +189,7 @@ class MessagesRequest(Conversation, kw_only=True, forbid_unknown_fields=True):
     def check(self) -> None:
         """See Conversation.check."""
         Conversation.check(self)
+        self.generation().check()
         if self.max_tokens < 1:
             raise InvalidRequestError(f"max_tokens is {self.max_tokens}; allowed: at least 1", param="max_tokens")
         if self.thinking is not None:

@@ -22,10 +22,11 @@ MAX_METADATA_KEY, MAX_METADATA_VALUE = 64, 512  # characters
 LOGPROBS = "message.output_text.logprobs"
 
 # What these would add belongs to items that servd never makes.
-_EMPTY_INCLUDES = frozenset(
-    ("file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
-     "message.input_image.image_url", "computer_call_output.output.image_url", "code_interpreter_call.outputs")
+_EMPTY_INCLUDES = (
+    "code_interpreter_call.outputs", "computer_call_output.output.image_url", "file_search_call.results",
+    "message.input_image.image_url", "web_search_call.action.sources", "web_search_call.results",
 )  # fmt: skip
+INCLUDES = (LOGPROBS, *_EMPTY_INCLUDES)
 
 Scalar = str | int | float | bool | None
 
@@ -151,6 +152,7 @@ class ResponseRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                     "GET /v1/responses/{id}?stream=true sends again",
                     param="stream_options",
                 )
+        self.generation().check()
         self._check_metadata()
         if self.max_tool_calls is not None:
             check_range("max_tool_calls", self.max_tool_calls, 1, 1 << 31)
@@ -178,7 +180,6 @@ class ResponseRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     def shows_logprobs(self) -> bool:
         """Whether the text's tokens come with their log-probabilities."""
         return LOGPROBS in (self.include or ())
-
 
     def generation(self) -> GenerationRequest:
         """The fields that all dialects share."""
@@ -252,10 +253,9 @@ def check_includes(include: list[str] | None) -> None:
             raise UnsupportedError(
                 f"include holds {name!r}; servd shows reasoning as it is, in the content of its items", param="include"
             )
-        if name != LOGPROBS and name not in _EMPTY_INCLUDES:
+        if name not in INCLUDES:
             raise InvalidRequestError(
-                f"include holds {name[:100]!r}; allowed: {', '.join(sorted((LOGPROBS, *_EMPTY_INCLUDES)))}",
-                param="include",
+                f"include holds {name[:100]!r}; allowed: {', '.join(INCLUDES)}", param="include"
             )
 
 

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from servd.api.http.context import ARRIVAL, SERVICE
 from servd.api.http.decode import decode_body, read_body
+from servd.api.http.field_ranges import between, length
 from servd.api.http.openapi import GENERATES, Endpoint, Operation
 from servd.api.http.replies import json_reply
 from servd.api.http.reply_types import EmbeddingList
@@ -147,6 +148,18 @@ def _check_range(field: str, value: int | None, low: int, high: int) -> None:
 ROUTES = [
     Endpoint(
         "POST", "/v1/embeddings", create_embeddings,
-        Operation("Turn texts into vectors", body=EmbeddingRequest, reply=EmbeddingList, errors=GENERATES),
+        Operation(
+            "Turn texts into vectors", body=EmbeddingRequest, reply=EmbeddingList, errors=GENERATES,
+            ranges={
+                "input": {"minLength": 1, "minItems": 1},
+                "encoding_format": {"enum": [None, *ENCODING_FORMATS]},
+                "dimensions": between(1, 1 << 31),
+                "pooling": {"enum": [None, *POOLINGS]},
+                "truncate_prompt_tokens": between(-1, 1 << 31),
+                "priority": between(-MAX_PRIORITY, MAX_PRIORITY),
+                "deadline_ms": between(1, MAX_DEADLINE_MS),
+                "cache_salt": length(1, MAX_SALT_CHARS),
+            },
+        ),
     )
 ]  # fmt: skip

@@ -5,14 +5,15 @@ Knows nothing of what a frame holds.
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import aclosing
 
 from aiohttp import web
 
-from servd.api.http.context import CALLER, ENGINE_FEED, WRITE_TIMEOUT
-from servd.api.http.openapi import EVENTS, Endpoint, Operation
-from servd.engine.observer import EngineView
+from servd.api.http.context import CALLER, ENGINE_FEED
+from servd.api.http.event_stream import send_events
+from servd.api.http.openapi import Endpoint, Operation
+from servd.api.http.resumable_streams import EventSource
+from servd.engine.observer import EngineFeed, EngineView
 from servd.errors import OverloadedError
 
 
@@ -24,21 +25,13 @@ async def engine_events(request: web.Request) -> web.StreamResponse:
     """
     feed = request.app[ENGINE_FEED]
     feed.check_room()
-    response = web.StreamResponse(
-        headers={"Content-Type": EVENTS, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    )
-    await response.prepare(request)
-    async with aclosing(feed.frames(request[CALLER].tenant)) as frames:
+    return await send_events(request, "engine", _events(feed, request[CALLER].tenant))
+
+
+async def _events(feed: EngineFeed, tenant: str) -> EventSource:
+    async with aclosing(feed.frames(tenant)) as frames:
         async for frame in frames:
-            try:
-                async with asyncio.timeout(request.app[WRITE_TIMEOUT]):
-                    await response.write(b"data: " + frame + b"\n\n")
-            except TimeoutError:
-                if request.transport is not None:
-                    request.transport.abort()
-                raise ConnectionResetError("the client does not read") from None
-    await response.write_eof()
-    return response
+            yield [b"data: %b\n\n" % frame]
 
 
 ROUTES = [

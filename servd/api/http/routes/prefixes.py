@@ -12,8 +12,10 @@ from aiohttp import web
 
 from servd.api.chat.call import ChatCall
 from servd.api.chat.plan import plan_chat
+from servd.api.conversation import MAX_MESSAGES
 from servd.api.http.context import SERVICE
 from servd.api.http.decode import decode_body, read_body
+from servd.api.http.field_ranges import TOKEN_ID, between, length
 from servd.api.http.messages import ChatMessage, template_messages
 from servd.api.http.openapi import GENERATES, Endpoint, Operation
 from servd.api.http.replies import json_reply
@@ -21,7 +23,13 @@ from servd.api.http.reply_types import DeletedPrefix, Prefix, PrefixList
 from servd.api.http.schema.checks import check_length
 from servd.api.http.schema.generation import MAX_SALT_CHARS
 from servd.api.service import InferenceService
-from servd.engine.prefix_pins import DEFAULT_TTL_SECONDS, PrefixPin
+from servd.engine.prefix_pins import (
+    DEFAULT_TTL_SECONDS,
+    MAX_NAME_CHARS,
+    MAX_TTL_SECONDS,
+    MIN_TTL_SECONDS,
+    PrefixPin,
+)
 from servd.errors import InvalidRequestError, NotFoundError
 from servd.sampling_params import SamplingParams
 
@@ -114,7 +122,17 @@ def _as_dict(pin: PrefixPin) -> dict[str, Any]:
 ROUTES = [
     Endpoint(
         "POST", "/v1/prefixes", create_prefix,
-        Operation("Pin the beginning of prompts", body=PrefixRequest, reply=Prefix, errors=GENERATES),
+        Operation(
+            "Pin the beginning of prompts", body=PrefixRequest, reply=Prefix, errors=GENERATES,
+            ranges={
+                "text": {"minLength": 1},
+                "messages": {"minItems": 1, "maxItems": MAX_MESSAGES},
+                "prompt_token_ids": {"minItems": 1, "items": TOKEN_ID},
+                "ttl_seconds": between(MIN_TTL_SECONDS, MAX_TTL_SECONDS),
+                "name": {"maxLength": MAX_NAME_CHARS},
+                "cache_salt": length(1, MAX_SALT_CHARS),
+            },
+        ),
     ),
     Endpoint("GET", "/v1/prefixes", list_prefixes, Operation("All pins", reply=PrefixList)),
     Endpoint("GET", "/v1/prefixes/{id}", retrieve_prefix, Operation("One pin", reply=Prefix, errors=(NotFoundError,))),
