@@ -160,9 +160,13 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def json_object(text: str | bytes, param: str) -> dict[str, Any]:
-    """A JSON object given as text. Raises InvalidRequestError naming `param`."""
+def json_object(text: object, param: str) -> dict[str, Any]:
+    """A JSON object given as text or its bytes. Raises InvalidRequestError naming `param`, also for what is no text."""
     try:
+        if not isinstance(text, str | bytes):
+            raise InvalidRequestError(
+                f"{param} is {repr(text)[:100]}; allowed: the text of a JSON object", param=param
+            )
         return msgspec.json.decode(text, type=dict[str, Any])
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         raise InvalidRequestError(f"{param} is not the text of a JSON object", param=param) from None

@@ -149,6 +149,9 @@ WRONG: dict[str, tuple[Any, Code, str]] = {
                            r.raw_input_contents.append(packed('{"stop":' + "[" * 100_000)))),
         Code.INVALID_ARGUMENT, "sampling_parameters",
     ),
+    "sampling_parameters that are no text": (
+        set_parameter("sampling_parameters", "int64_param", 3), Code.INVALID_ARGUMENT, "sampling_parameters"
+    ),
     "long salt": (request_of(cache_salt="x" * 300), Code.INVALID_ARGUMENT, "cache_salt"),
     "keep no token": (request_of(truncate_prompt_tokens=0), Code.INVALID_ARGUMENT, "truncate_prompt_tokens"),
     "long id": (changed(lambda r: setattr(r, "id", "x" * 300)), Code.INVALID_ARGUMENT, "id"),
