@@ -150,6 +150,7 @@ class ServerConfig:
     max_body_bytes: int = flag(8 << 20, "largest request body", unit="bytes")
     max_body_chunks: int = flag(16384, "most chunks of a chunked body")
     max_json_depth: int = flag(128, "how deep arrays and objects of a body may be nested")
+    max_prompts: int = flag(256, "most prompts of one completions call")
     max_request_line: int = flag(8190, "longest request line", unit="bytes")
     max_header_bytes: int = flag(16384, "longest header", unit="bytes")
     max_headers: int = flag(100, "most headers of a request")
@@ -235,6 +236,7 @@ def check_limits(config: ServerConfig) -> None:
         ("max_body_bytes", 1024, GIB),
         ("max_body_chunks", 1, 1 << 24),
         ("max_json_depth", 8, 512),  # the parser itself stops near 1000
+        ("max_prompts", 1, 1024),  # as many answers as a call may have
         ("max_request_line", 256, 1 << 20),
         ("max_header_bytes", 256, 1 << 20),
         ("max_headers", 10, 10_000),

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from servd.api.keys import KeyEntry, read_keys
+from servd.api.keys import MAX_KEY_CHARS, KeyEntry, read_keys
 from servd.api.rate_limits import Limits
 from servd.config import ServerConfig
 from servd.errors import AuthenticationError, ConfigError
@@ -59,6 +59,16 @@ def current_caller() -> Caller:
 def set_caller(caller: Caller) -> None:
     """Called by a transport, in the task of each call, before anything is done for it."""
     _current.set(caller)
+
+
+def count_request() -> None:
+    """The current caller asks for work. Raises RateLimitedError.
+
+    Reads, deletions and cancellations are free, on all fronts: who has used up a minute may still look, stop what runs,
+    and read on where a stream was lost.
+    """
+    if (limits := current_caller().limits) is not None:
+        limits.count_request()
 
 
 class KeyRing:
@@ -109,6 +119,8 @@ class KeyRing:
         raise AuthenticationError("no valid API key; send it as Authorization: Bearer API_KEY, or as x-api-key")
 
     def _find(self, key: str) -> KeyEntry | None:
+        if len(key) > MAX_KEY_CHARS:  # a thousand hashes of kilobytes would hold all others up
+            return None
         seen = hmac.digest(self._secret, key.encode(errors="surrogateescape"), "sha256")
         if (found := self._known.get(seen)) is None:
             for entry in self._entries:  # all of them: the time must not tell which one it was

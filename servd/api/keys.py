@@ -20,6 +20,7 @@ from servd.errors import ConfigError
 
 KEY_PREFIX = "sk-servd-"
 MIN_KEY_CHARS = 20  # a fast hash keeps only what cannot be guessed
+MAX_KEY_CHARS = 512
 MAX_KEYS = 1000  # an unknown key is compared with all of them
 MAX_FILE_BYTES = 4 << 20
 _SALT_BYTES = 16
@@ -70,10 +71,11 @@ def new_key() -> str:
 
 
 def hash_key(key: str) -> str:
-    """What the file holds instead of the key. Raises ConfigError for one that could be guessed from it."""
-    if len(key) < MIN_KEY_CHARS:
+    """What the file holds instead of the key. Raises ConfigError for one that could be guessed from it, or is long."""
+    if not MIN_KEY_CHARS <= len(key) <= MAX_KEY_CHARS:
         raise ConfigError(
-            f"the key has {len(key)} characters; allowed: at least {MIN_KEY_CHARS}, random ones (servd keys new)"
+            f"the key has {len(key)} characters; allowed: {MIN_KEY_CHARS} to {MAX_KEY_CHARS}, random ones "
+            "(servd keys new)"
         )
     salt = secrets.token_bytes(_SALT_BYTES)
     return f"sha256:{salt.hex()}:{_digest(key, salt)}"

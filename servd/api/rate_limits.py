@@ -50,15 +50,16 @@ class _Bucket:
 class Charge:
     """One request's account: its prompt is paid, its answers are paid as they grow, its place is given back."""
 
-    def __init__(self, limits: Limits, num_prompt_tokens: int, num_answers: int) -> None:
+    def __init__(self, limits: Limits, num_prompt_tokens: int, num_answers: int, num_computed: int) -> None:
         self._limits = limits
+        self._price = num_computed / num_answers  # of a token: best_of and beams compute more than they show
         self._num_prompt_tokens = num_prompt_tokens
         self._unfinished = num_answers
 
     def take(self, output: RequestOutput) -> None:
         """Pay for new tokens; the last answer's end gives the place back."""
         if output.token_ids:
-            self._limits.spend(len(output.token_ids))
+            self._limits.spend(len(output.token_ids) * self._price)
         if output.finish_reason is not None:
             self._unfinished -= 1
             if self._unfinished == 0:
@@ -112,8 +113,10 @@ class Limits:
             )
         self._requests.take(1)
 
-    def begin(self, num_prompt_tokens: int, num_answers: int) -> Charge:
+    def begin(self, num_prompt_tokens: int, num_answers: int, num_computed: int | None = None) -> Charge:
         """Start a request, whose prompt is paid for now. Raises RateLimitedError.
+
+        num_computed: answers or beams that are worked on, if more than are shown; they are taken to be as long.
 
         Tokens that an answer will have are not known yet: they may overdraw, and then nothing starts until that is
         made good. A prompt longer than a minute's worth waits for a full minute.
@@ -133,9 +136,9 @@ class Limits:
                 )
         self.spend(num_prompt_tokens)
         self.num_concurrent += 1
-        return Charge(self, num_prompt_tokens, num_answers)
+        return Charge(self, num_prompt_tokens, num_answers, num_computed or num_answers)
 
-    def spend(self, num_tokens: int) -> None:
+    def spend(self, num_tokens: float) -> None:
         """Pay for tokens that were computed, whether there were so many left or not."""
         if self._tokens is not None:
             self._tokens.take(num_tokens)

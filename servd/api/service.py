@@ -76,6 +76,14 @@ class InferenceService:
         if name and name != self.model_name:
             raise NotFoundError(f"model {name!r} does not exist; served here: {self.model_name!r}", param="model")
 
+    def check_num_prompts(self, count: int, *, param: str = "prompt") -> None:
+        """Raise InvalidRequestError for more prompts than the caller may ever have in work: to try again is no use."""
+        limits = current_caller().limits
+        if limits is not None and limits.max_concurrent is not None and count > limits.max_concurrent:
+            raise InvalidRequestError(
+                f"{param} has {count} prompts; allowed with this key: {limits.max_concurrent} at once", param=param
+            )
+
     def new_request_id(self, prefix: str) -> str:
         """A fresh id such as 'cmpl-5f0c…'."""
         return f"{prefix}-{uuid.uuid4().hex}"
@@ -153,7 +161,9 @@ class InferenceService:
         """
         caller = current_caller()
         self.check_model(self.model_name)
-        charge = None if caller.limits is None else caller.limits.begin(len(prompt_token_ids), params.n)
+        charge = None
+        if caller.limits is not None:
+            charge = caller.limits.begin(len(prompt_token_ids), params.n, params.num_sequences)
         try:
             stream = self.engine.generate(
                 prompt_token_ids, params, request_id=request_id, priority=priority, timeout=timeout,

@@ -50,6 +50,8 @@ class TlsFiles:
         self._load_into(context)
         if self.client_ca is not None:
             context.verify_mode = ssl.CERT_REQUIRED
+            context.num_tickets = 0  # a former session would stand for a certificate that is not trusted any more
+            context.options |= ssl.OP_NO_TICKET
             try:
                 context.load_verify_locations(self.client_ca)
             except (ssl.SSLError, OSError):
@@ -85,6 +87,14 @@ class TlsContext:
         self.files = files
         self._stamp = files.stamp()
         self.context = files.make_context()
+        self._is_renewed = False
+
+    def is_void(self, connection: ssl.SSLObject) -> bool:
+        """Whether it takes up a session from when other clients may have been trusted: TLS 1.2 knows those by number.
+
+        OpenSSL keeps them with the context that listens, whatever takes its place in the handshake.
+        """
+        return self._is_renewed and self.files.client_ca is not None and bool(connection.session_reused)
 
     def refresh(self) -> None:
         """Take new files in if they are whole; connections that are open keep the old certificate."""
@@ -101,6 +111,7 @@ class TlsContext:
         def hand_over(connection: ssl.SSLObject, server_name: str | None, context: ssl.SSLContext) -> None:
             connection.context = fresh
 
+        self._is_renewed = True
         # Not load_cert_chain on the old context: it would go on to trust authorities that were taken out.
         self.context.sni_callback = hand_over
         logger.info("certificate read again")

@@ -128,15 +128,19 @@ class AnswerRecord:
             self._gap(self.last_token, step, history)
         self.last_token = step.end
         if self._phase not in WAITING_PHASES:  # else the token is of a step that was in flight when it was stopped
-            self.interrupted_by, self.gap_waits = None, {}
+            self.interrupted_by = None
+            if self.gap_waits:
+                self.gap_waits = {}
             if self._phase != "decode":
                 self._enter("decode", step.end)
 
     def _count_step(self, size: int) -> None:
         self.num_steps += 1
         self.batch_sum += size
-        self.batch_max = max(self.batch_max, size)
-        self.batch_min = min(self.batch_min, size) if self.num_steps > 1 else size
+        if size > self.batch_max:
+            self.batch_max = size
+        if size < self.batch_min or self.num_steps == 1:
+            self.batch_min = size
 
     def search_started(self, now: float, waits: Mapping[str, float]) -> None:
         """A request of the beam search that this answer comes from is in a step."""
@@ -175,7 +179,8 @@ class AnswerRecord:
 
     def _gap(self, before: float, step: StepFact, history: Iterable[StepFact]) -> None:
         gap = step.end - before
-        self.longest_gap = max(self.longest_gap, gap)
+        if gap > self.longest_gap:
+            self.longest_gap = gap
         if gap > STALL_SECONDS and gap > STALL_TIMES * self.median_gap:
             cause, detail = self._judge(before, gap, history)
             self._stall(before, gap, cause, detail)

@@ -84,8 +84,8 @@ class BeamSearches:
         if not self._by_request:
             return updates
         passed_on: list[Update] = []
-        for update in updates:
-            search = self._by_request.get(update.request.request_id)
+        searches = [self._by_request.get(update.request.request_id) for update in updates]
+        for update, search in zip(updates, searches, strict=True):
             if search is None:
                 passed_on.append(update)
             elif update.request in search.requests:  # else the search was ended by an update before this one

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer, regex_to_lark
 
-from servd.engine.json_schema import OWN_KEYWORD, check_keywords
+from servd.engine.json_schema import OWN_KEYWORD, bound_integers, check_keywords
 from servd.errors import InvalidRequestError, OverloadedError, UnsupportedError
 from servd.grammar import (
     LIMITS,
@@ -30,6 +30,7 @@ from servd.grammar import (
     load_vocabulary,
     reason_of,
 )
+from servd.sampling_params import is_utf8
 
 ANY_JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
 # JSON on one line, with or without a space behind commas and colons: no model can write whitespace for ever.
@@ -41,14 +42,17 @@ MAX_PENDING = 64  # checks; each takes 1 ms, at the limits some 0.3 s
 def from_json_schema(schema: Mapping[str, Any], *, param: str = "guidance") -> str:
     """Answers are JSON that follows `schema`, properties in its order. Raises InvalidRequestError, blaming `param`.
 
-    Annotations such as `title` are fine; keywords that cannot be honoured are refused by the check.
+    Integers without limits stay within 2^53. Annotations such as `title` are fine; keywords that cannot be honoured
+    are refused by the check.
     """
     if not isinstance(schema, Mapping):
         raise InvalidRequestError(f"{param} is {type(schema).__name__}; allowed: a JSON schema (object)", param=param)
     if OWN_KEYWORD in schema:
         raise UnsupportedError(f"{param} holds {OWN_KEYWORD!r}, which clients cannot set", param=param)
     try:
-        data = msgspec.json.encode({"grammars": [{"json_schema": {**schema, OWN_KEYWORD: JSON_STYLE}}]})
+        own = msgspec.json.decode(msgspec.json.encode(schema))
+        bound_integers(own)
+        data = msgspec.json.encode({"grammars": [{"json_schema": {**own, OWN_KEYWORD: JSON_STYLE}}]})
     except (RecursionError, OverflowError, TypeError, ValueError) as error:
         raise InvalidRequestError(f"{param} is no JSON schema: {error}", param=param) from None
     return data.decode()
@@ -56,7 +60,7 @@ def from_json_schema(schema: Mapping[str, Any], *, param: str = "guidance") -> s
 
 def from_regex(pattern: str, *, param: str = "guidance") -> str:
     r"""Answers match `pattern` as a whole (Rust's regex syntax without look-around; \d, \w and \s are ASCII)."""
-    if not isinstance(pattern, str) or (len(pattern) - len(pattern.rstrip("\\"))) % 2:
+    if not isinstance(pattern, str) or not is_utf8(pattern) or (len(pattern) - len(pattern.rstrip("\\"))) % 2:
         raise InvalidRequestError(f"{param} is {str(pattern)[:100]!r}; allowed: a regular expression", param=param)
     return from_lark(f"start: /{regex_to_lark(pattern, 'dws')}/")
 

@@ -32,6 +32,42 @@ ANNOTATIONS = frozenset(
 KNOWN = ONE_SCHEMA | SOME_SCHEMAS | NAMED_SCHEMAS | ASSERTIONS | ANNOTATIONS
 OWN_KEYWORD = "x-guidance"  # the grammar library's settings: the front's to give
 MAX_DEPTH = 64
+MAX_INTEGER = (1 << 53) - 1
+LIMITS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
+
+
+def bound_integers(schema: dict[str, Any]) -> None:
+    """Give integers without limits those that every JSON reader holds exactly (RFC 7493, 2.2), in place.
+
+    A model that has begun a number may go on with digits for ever; so it ends, and is valid all the same. What is
+    malformed is left for the check.
+    """
+    pending: list[object] = [schema]
+    while pending:
+        found = pending.pop()
+        if not isinstance(found, dict):
+            continue
+        kinds = found.get("type")
+        if kinds == "integer" or (isinstance(kinds, list) and "integer" in kinds and "number" not in kinds):
+            _bound(found)
+        for keyword, value in found.items():
+            if keyword in ONE_SCHEMA or keyword == "items":
+                pending += value if isinstance(value, list) else [value]
+            elif keyword in SOME_SCHEMAS and isinstance(value, list):
+                pending += value
+            elif keyword in NAMED_SCHEMAS and isinstance(value, dict):
+                pending += value.values()
+
+
+def _bound(schema: dict[str, Any]) -> None:
+    if {"enum", "const", "multipleOf"} & schema.keys():
+        return
+    given = [schema[name] for name in LIMITS if name in schema]
+    if all(isinstance(limit, (int, float)) and abs(limit) < MAX_INTEGER for limit in given):
+        if "exclusiveMinimum" not in schema:
+            schema.setdefault("minimum", -MAX_INTEGER)
+        if "exclusiveMaximum" not in schema:
+            schema.setdefault("maximum", MAX_INTEGER)
 
 
 def check_keywords(schema: object) -> None:

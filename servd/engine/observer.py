@@ -1,6 +1,7 @@
 """What the engine is doing, for people who look: requests, last steps, the KV blocks as a map, latencies.
 
-Only reads, and only while somebody looks. Knows nothing of HTTP; texts and tokens are not in it.
+Only reads, and only while somebody looks. Knows nothing of HTTP; texts and tokens are not in it. Requests are listed
+for their own tenant alone: others see how many there are.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterable
+from functools import partial
 from itertools import islice, pairwise
 
 import msgspec
-from prometheus_client import Counter, Histogram
+import prometheus_client
 
 from servd.cache.block import KVCacheBlock
 from servd.cache.block_pool import BlockPool
@@ -30,6 +33,9 @@ MAX_PARTS = 64  # requests of one step; the rest is in its totals
 MAX_CELLS = 4096  # of the map
 MAX_LOOKED_AT = 8192  # blocks that are looked at for a map, so that drawing one costs a millisecond at most
 RATE_SECONDS = 3.0  # what tokens per second are averaged over
+
+IsOwn = Callable[[str], bool]
+"""Whether an answer, by its id, is the listener's tenant's."""
 
 FREE, CACHED, USED, SHARED = range(4)  # a cell's states, in the order in which one hides another
 
@@ -67,7 +73,7 @@ class StepView(msgspec.Struct):
     decode_tokens: int
     draft_tokens: int
     accepted_tokens: int
-    parts: list[PartView]  # the first 64
+    parts: list[PartView]  # of the listener's tenant, the first 64
 
 
 class KVView(msgspec.Struct):
@@ -106,8 +112,8 @@ class EngineView(msgspec.Struct):
     num_running: int
     num_waiting: int
     max_running: int
-    running: list[RequestView]
-    waiting: list[RequestView]
+    running: list[RequestView]  # of the listener's tenant
+    waiting: list[RequestView]  # of the same
     steps: list[StepView]  # since the frame before
     kv: KVView | None
     input_tokens_per_second: float  # computed of prompts, over the last seconds
@@ -150,8 +156,33 @@ class EngineObserver:
         state = self._engine.state
         return state == "dead" or (state == "draining" and not self.is_busy)
 
-    def view(self, after_step: int = -1) -> EngineView:
-        """The engine now, with the steps after `after_step`, of more than MAX_STEPS the newest."""
+    def views(self, tenants: Iterable[str], after_step: int = -1) -> dict[str, EngineView]:
+        """The engine now, as each tenant may see it, with the steps after `after_step`, of more than MAX_STEPS the
+        newest."""
+        shared = self._shared()
+        try:
+            core = self._engine.core
+        except EngineUnavailableError:
+            return dict.fromkeys(tenants, shared)  # the model is being loaded
+        scheduler = core.scheduler
+        newest = [record for record in islice(reversed(core.step_log), MAX_STEPS) if record.step_id > after_step]
+        newest.reverse()
+        found = {}
+        for tenant in tenants:
+            is_own = partial(self._is_of, tenant)
+            found[tenant] = msgspec.structs.replace(
+                shared,
+                running=_requests(scheduler.running, is_own),
+                waiting=_requests(scheduler.waiting, is_own),
+                steps=[_step(record, is_own) for record in newest],
+            )
+        return found
+
+    def _is_of(self, tenant: str, answer_id: str) -> bool:
+        return self._engine.request_log.tenant_of(answer_id) == tenant
+
+    def _shared(self) -> EngineView:
+        """What all may see."""
         metrics = self._engine.metrics
         view = EngineView(
             time.time(), self._model_name, self._version, self._engine.state, 0, 0,
@@ -163,45 +194,42 @@ class EngineObserver:
         try:
             core = self._engine.core
         except EngineUnavailableError:
-            return view  # the model is being loaded
+            return view
         scheduler = core.scheduler
         view.num_running, view.num_waiting = len(scheduler.running), len(scheduler.waiting)
-        view.running, view.waiting = _requests(scheduler.running), _requests(scheduler.waiting)
-        newest = [record for record in islice(reversed(core.step_log), MAX_STEPS) if record.step_id > after_step]
-        view.steps = [_step(record) for record in reversed(newest)]
         view.kv = _kv(scheduler.cache.pool, scheduler.cache.block_size)
         view.input_tokens_per_second, view.output_tokens_per_second = _rates(core.step_log)
         return view
 
 
 class EngineFeed:
-    """Frames for any number of listeners, each rendered once; none is rendered for nobody."""
+    """Frames for any number of listeners, each rendered once a tenant; none is rendered for nobody."""
 
     def __init__(self, observer: EngineObserver, *, frame_seconds: float = FRAME_SECONDS) -> None:
         self._observer = observer
         self._frame_seconds = frame_seconds
-        self._num_listeners = 0
-        self._frame = b""
+        self._listeners: Counter[str] = Counter()  # by tenant
+        self._frames: dict[str, bytes] = {}  # by tenant
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @property
     def num_listeners(self) -> int:
         """Who looks now."""
-        return self._num_listeners
+        return self._listeners.total()
 
     def check_room(self) -> None:
         """Raise OverloadedError if one more listener is one too many."""
-        if self._num_listeners >= MAX_LISTENERS:
-            raise OverloadedError(f"{self._num_listeners} listeners follow the engine; allowed: {MAX_LISTENERS}")
+        if self.num_listeners >= MAX_LISTENERS:
+            raise OverloadedError(f"{self.num_listeners} listeners follow the engine; allowed: {MAX_LISTENERS}")
 
-    async def frames(self) -> AsyncGenerator[bytes, None]:
-        """EngineViews as JSON, until the engine is over; a slow listener misses those in between.
+    async def frames(self, tenant: str = "") -> AsyncGenerator[bytes, None]:
+        """EngineViews as JSON, as the tenant may see them, until the engine is over.
 
-        Close it (`aclose`) when done. Raises OverloadedError.
+        A slow listener misses those in between. Close it (`aclose`) when done. Raises OverloadedError.
         """
         self.check_room()
-        self._num_listeners += 1
+        self._listeners[tenant] += 1
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._render(), name="servd-engine-feed")
         try:
@@ -209,17 +237,20 @@ class EngineFeed:
             while not self._observer.is_over:
                 if self._task.done():
                     self._task.result()
-                if self._frame and self._frame is not seen:
-                    seen = self._frame
+                frame = self._frames.get(tenant, seen)
+                if frame is not seen:
+                    seen = frame
                     yield seen
                 else:
                     await self._news.wait()
         finally:
-            self._num_listeners -= 1
-            if self._num_listeners == 0 and self._task is not None:
+            self._listeners[tenant] -= 1
+            if not self._listeners[tenant]:
+                del self._listeners[tenant]
+                self._frames.pop(tenant, None)
+            if not self._listeners and self._task is not None:
                 self._task.cancel()
                 self._task = None
-                self._frame = b""
 
     async def _render(self) -> None:
         try:
@@ -234,7 +265,8 @@ class EngineFeed:
             now, is_busy = time.monotonic(), self._observer.is_busy
             newest = self._observer.last_step()
             if is_busy or was_busy or newest != last_step or now >= last_time + IDLE_SECONDS or self._observer.is_over:
-                self._frame = msgspec.json.encode(self._observer.view(last_step))
+                views = self._observer.views(self._listeners, last_step)
+                self._frames = {tenant: msgspec.json.encode(view) for tenant, view in views.items()}
                 last_step, last_time, was_busy = newest, now, is_busy
                 self._wake()
             await asyncio.sleep(self._frame_seconds)
@@ -244,7 +276,7 @@ class EngineFeed:
         self._news = asyncio.Event()
 
 
-def _requests(requests: Iterable[Request]) -> list[RequestView]:
+def _requests(requests: Iterable[Request], is_own: IsOwn) -> list[RequestView]:
     now = time.monotonic()
     return [
         RequestView(
@@ -252,7 +284,7 @@ def _requests(requests: Iterable[Request]) -> list[RequestView]:
             min(request.num_computed_tokens, request.num_tokens), len(request.output_token_ids),
             request.num_cached_tokens, round(now - request.arrival_time, 3), request.num_preemptions,
         )
-        for request in islice(requests, MAX_REQUESTS)
+        for request in islice((one for one in requests if is_own(one.request_id)), MAX_REQUESTS)
     ]  # fmt: skip
 
 
@@ -262,12 +294,16 @@ def _state(request: Request) -> str:
     return "preempted" if request.num_preemptions else "waiting"
 
 
-def _step(record: StepRecord) -> StepView:
+def _step(record: StepRecord, is_own: IsOwn) -> StepView:
     plan, accepted = record.plan, {}
     if record.num_accepted_by_request:
         accepted = dict(zip(record.sampled_request_ids, record.num_accepted_by_request, strict=True))
-    parts = []
-    for i, request_id in enumerate(plan.request_ids[:MAX_PARTS]):
+    parts: list[PartView] = []
+    for i, request_id in enumerate(plan.request_ids):
+        if len(parts) == MAX_PARTS:
+            break
+        if not is_own(request_id):
+            continue
         count = plan.num_scheduled_tokens[i]
         granted = plan.num_draft_tokens[i] if plan.num_draft_tokens and record.num_draft_tokens else 0
         right = accepted.get(request_id, 0)
@@ -319,11 +355,11 @@ def _block_state(block: KVCacheBlock) -> int:
     return FREE if block.block_hash is None else CACHED
 
 
-def _total(counter: Counter) -> int:
+def _total(counter: prometheus_client.Counter) -> int:
     return int(next(iter(counter.collect())).samples[0].value)
 
 
-def _histogram(histogram: Histogram) -> HistogramView:
+def _histogram(histogram: prometheus_client.Histogram) -> HistogramView:
     samples = next(iter(histogram.collect())).samples
     buckets = [sample for sample in samples if sample.name.endswith("_bucket")]
     cumulative = [0, *(int(sample.value) for sample in buckets)]

@@ -85,6 +85,11 @@ class RequestLog:
         for name in names:
             self._by_name.setdefault((tenant, name), {})[request_id] = None
 
+    def tenant_of(self, answer_id: str) -> str | None:
+        """Whose an answer is, 'REQUEST#INDEX', or a step of the search for it; None: it ended too long ago."""
+        call = self._calls.get(answer_id.rpartition("#")[0])
+        return None if call is None else call.tenant
+
     def finish(self, answer_id: str, reason: FinishReason) -> None:
         """An answer is over."""
         found = self._live.pop(answer_id, None)
@@ -161,8 +166,10 @@ class RequestLog:
         )  # fmt: skip
         self._steps.appendleft(step)
         for update in updates:
-            if (found := self._live.get(update.request.request_id)) is not None:
+            found = self._live.get(update.request.request_id)
+            if found is not None:
                 found[1].step(update, step, self._steps)
+                continue
             for record in self._searched_for(update.request.request_id):
                 record.search_step(step)
 

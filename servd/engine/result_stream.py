@@ -46,6 +46,8 @@ class ResultStream:
         """Called by the engine: add news of one answer."""
         if self.on_output is not None:
             self.on_output(output)
+        if self._closed:
+            return  # nobody will fetch it, and the request's record outlives the stream
         waiting = self._pending.get(output.index)
         if waiting is None:
             self._pending[output.index] = output

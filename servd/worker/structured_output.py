@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ SLOW_SECONDS = 0.002  # a mask that takes longer is made apart, so that others d
 MASKS_PER_THREAD = 8  # fewer are not worth a thread
 MAX_MASK_THREADS = 8
 PATIENCE = 0.02  # seconds that a step waits for its masks, once the model has run; all of them take 5 ms at 64 rows
-PATIENCE_ALONE = 0.05  # if nobody else gets anything from the step
+PATIENCE_ALONE = 0.05  # if nobody at all would get anything from the step
 
 
 @dataclass(slots=True)
@@ -66,7 +66,18 @@ class _Entry:
     constraints: Future[Constraints]
     guide: Guide | None = None
     job: _Job | None = None  # begun, and not used yet
+    making: Future[None] | None = None  # of the job
     is_slow: bool = False
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether it can get a token."""
+        return self.job is not None and self.job.is_done
+
+    @property
+    def awaited(self) -> Future[Any]:
+        """What must be done before it can get one."""
+        return self.constraints if self.making is None else self.making
 
 
 @dataclass(slots=True)
@@ -86,21 +97,19 @@ class StepMasks:
     num_words: int
     entries: dict[int, _Entry] = field(default_factory=dict)
     quick: list[Future[None]] = field(default_factory=list)
-    slow: list[Future[None]] = field(default_factory=list)
 
     def collect(self, *, is_alone: bool) -> Masks:
-        """Wait a moment for what is not there. `is_alone`: nobody else gets anything from this step."""
+        """Wait a moment for what is not there. `is_alone`: these requests are all that the step holds."""
         wait(self.quick, PATIENCE)
-        if is_alone:
-            late: list[Future[Any]] = [e.constraints for e in self.entries.values() if e.guide is None]
-            wait(late + self.slow, PATIENCE_ALONE)
+        if is_alone and not any(entry.has_masks for entry in self.entries.values()):
+            wait([entry.awaited for entry in self.entries.values()], PATIENCE_ALONE, FIRST_COMPLETED)
         masks = Masks(np.full((self.bounds[-1], self.num_words), -1, np.int32), [], {})
         for i, entry in self.entries.items():
             job = entry.job
             failure = _failure_of(entry)
             if failure is not None:
                 masks.failed[i] = failure
-            elif job is None or not job.is_done:
+            elif job is None or not entry.has_masks:
                 masks.deferred.append(i)
             else:
                 first, last = self.bounds[i], self.bounds[i + 1]
@@ -166,7 +175,7 @@ class Guides:
         [num_reqs] known tokens a row, and its guesses behind them.
         """
         step = StepMasks(bounds, self.num_words)
-        quick: list[_Job] = []
+        quick: list[_Entry] = []
         for i, row in enumerate(rows):
             entry = self._entries.get(row)
             if entry is None:
@@ -181,11 +190,16 @@ class Guides:
             drafts = tokens[row, end : end + num_drafts].tolist()
             entry.job = _Job(entry.guide, answer, drafts, np.full((1 + num_drafts, self.num_words), -1, np.int32))
             if entry.is_slow:
-                step.slow.append(self._slow.submit(entry.job.run))
+                entry.making = self._slow.submit(entry.job.run)
             else:
-                quick.append(entry.job)
+                quick.append(entry)
         num_parts = min(self._num_mask_threads, -(-len(quick) // MASKS_PER_THREAD))
-        step.quick = [self._quick.submit(_run_all, quick[part::num_parts]) for part in range(num_parts)]
+        for part in range(num_parts):
+            share = quick[part::num_parts]
+            making = self._quick.submit(_run_all, [entry.job for entry in share if entry.job is not None])
+            step.quick.append(making)
+            for entry in share:
+                entry.making = making
         return step if step.entries else None
 
 

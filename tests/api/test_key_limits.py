@@ -38,6 +38,8 @@ class Fronts:
     session: aiohttp.ClientSession
     url: str
     stub: Any
+    channel: grpc.aio.Channel
+    key_file: Path
 
     async def complete(self, who: str, **fields: Any) -> tuple[int, Any, dict[str, Any]]:
         body = {"prompt": "hello", "max_tokens": 5} | fields
@@ -64,7 +66,7 @@ async def fronts(folder: Path, *entries: dict[str, Any], **options: Any) -> Asyn
         try:
             async with aiohttp.ClientSession() as session, grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}") as chan:
                 stub = pb_grpc.InferenceStub(chan)  # type: ignore[no-untyped-call]
-                yield Fronts(fake, session, f"http://127.0.0.1:{port}", stub)
+                yield Fronts(fake, session, f"http://127.0.0.1:{port}", stub, chan, file)
             await fake.wait_idle()
         finally:
             await server.stop(0)
@@ -127,6 +129,18 @@ def test_an_answer_in_work_holds_its_place_until_it_ends_or_the_client_goes(tmp_
             assert (await servers.complete("ann", n=3))[0] == 200
             assert (await servers.complete("ann", prompt=[999]))[0] == 400
             await servers.generate("ann")
+
+    asyncio.run(main())
+
+
+def test_more_prompts_than_the_key_may_ever_have_in_work_are_refused_for_good(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with fronts(tmp_path, {"name": "ann", "max_concurrent": 2}, {"name": "bob"}) as servers:
+            status, headers, body = await servers.complete("ann", prompt=["a", "b", "c"])
+            assert (status, body["error"]["param"]) == (400, "prompt") and "Retry-After" not in headers
+            assert "allowed with this key: 2 at once" in body["error"]["message"]
+            assert (await servers.complete("ann", prompt=["a", "b"]))[0] == 200
+            assert (await servers.complete("bob", prompt=["a", "b", "c"]))[0] == 200
 
     asyncio.run(main())
 

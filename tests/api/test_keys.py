@@ -232,7 +232,7 @@ def test_the_keys_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
         (["new", "--name", "a", "--max-concurrent", "0"], "max_concurrent"),
         (["new", "--name", "a", "--expires", "soon"], "--expires is 'soon'"),
         (["new", "--name", "a", "--file", "x.toml"], "x.toml"),
-        (["hash", "--name", "a"], "at least 20"),
+        (["hash", "--name", "a"], "allowed: 20 to 512"),
         (["list", "/nonexistent"], "cannot be read"),
         (["sell"], "'sell'"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,5 +70,34 @@ def test_a_pinned_prefix_is_charged_once(tmp_path: Path) -> None:
             status, body = await call(servers, "ann", "POST", "/v1/prefixes", {"text": TEXT * 2})
             assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
             assert (await servers.complete("ann", prompt="x"))[0] == 200  # its place was given back
+
+    asyncio.run(main())
+
+
+def test_the_engines_events_name_a_tenants_own_requests_alone(tmp_path: Path) -> None:
+    async def main() -> None:
+        entries = ({"name": "ann", "tenant": "one"}, {"name": "bob", "tenant": "one"}, {"name": "carl"})
+        async with fronts(tmp_path, *entries, step_delay=0.01) as servers:
+            works = [
+                asyncio.create_task(servers.complete("ann", max_tokens=1500, ignore_eos=True)),
+                asyncio.create_task(servers.generate("ann", request_id="private-name")),
+            ]
+
+            async def frame_with_a_step(who: str) -> Any:
+                headers = {"Authorization": f"Bearer {KEYS[who]}"}
+                async with servers.session.get(f"{servers.url}/v1/engine/events", headers=headers) as reply:
+                    async for line in reply.content:
+                        frame = json.loads(line[6:]) if line.startswith(b"data: ") else None
+                        if frame is not None and frame["steps"] and frame["num_running"] == 1:
+                            return frame
+
+            await works[1]
+            own, foreign = await asyncio.gather(frame_with_a_step("bob"), frame_with_a_step("carl"))
+            assert len(own["running"]) == 1
+            assert any(part[0] == own["running"][0]["id"] for step in own["steps"] for part in step["parts"])
+            assert (foreign["running"], foreign["waiting"]) == ([], []) and foreign["steps"][-1]["requests"] >= 1
+            assert own["running"][0]["id"] not in json.dumps(foreign) and "private-name" not in json.dumps(foreign)
+            works[0].cancel()
+            await asyncio.gather(*works, return_exceptions=True)
 
     asyncio.run(main())

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,50 @@ def test_certificates_are_read_again_when_they_change(
             assert (await serial_and_answer(port, context))[0] == "B2"
             assert await grpc_models(grpc_port, authority) == 1
             key.write_text(good)
+
+    uvloop.run(main())
+
+
+def request_in(
+    context: ssl.SSLContext, port: int, session: ssl.SSLSession | None
+) -> tuple[bytes, ssl.SSLSession | None]:
+    """The answer and the session of a connection that takes a former session up; b"" if there is none."""
+    try:
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=5) as plain,
+            context.wrap_socket(plain, server_hostname="localhost", session=session) as secure,
+        ):
+            secure.sendall(GET_HEALTH)
+            answer = b"".join(iter(lambda: secure.recv(1000), b""))
+            found = secure.session
+            with suppress(ssl.SSLError, OSError):
+                secure.unwrap()  # a session that is not ended in good order is not kept
+            return answer, found
+    except (ssl.SSLError, ConnectionError):
+        return b"", None
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_former_session_does_not_stand_for_a_certificate(
+    tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch, version: ssl.TLSVersion
+) -> None:
+    monkeypatch.setattr("servd.api.http.app.RELOAD_SECONDS", 0.01)
+    cert, key = authority.issue("server")
+    others = Authority(tmp_path, "others").make()
+    trusted = tmp_path / "trusted.pem"
+    trusted.write_bytes(authority.cert.read_bytes())
+    ours, theirs = (client_context(authority, a.issue(f"client-{a.name}")) for a in (authority, others))
+    ours.maximum_version = version
+
+    async def main() -> None:
+        async with serving(tmp_path, tls_cert=cert, tls_key=key, tls_client_ca=trusted) as (port, _):
+            answer, session = await asyncio.to_thread(request_in, ours, port, None)
+            assert answer.startswith(b"HTTP/1.1 200")
+            trusted.write_bytes(others.cert.read_bytes())
+            async with asyncio.timeout(5):
+                while not (await asyncio.to_thread(request_in, theirs, port, None))[0]:
+                    await asyncio.sleep(0.01)
+            assert (await asyncio.to_thread(request_in, ours, port, session))[0] == b""
 
     uvloop.run(main())
 

@@ -75,6 +75,16 @@ class Source:
         self.take(len(text))
         return True
 
+    def closing(self, text: str) -> Found:
+        """`literal`, for what ends a call: a beginning of it in which the answer breaks off is taken too."""
+        if (yield from self.literal(text)):
+            return True
+        rest = self.waiting()
+        is_cut = self._is_complete and rest != "" and text.startswith(rest)
+        if is_cut:
+            self.take(len(rest))
+        return is_cut
+
     def word(self, pattern: re.Pattern[str]) -> Generator[None, None, str]:
         """Take all that matches, however it is cut; `pattern` is a run of characters of one class."""
         pieces = []

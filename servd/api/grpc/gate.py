@@ -11,13 +11,14 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from servd.api.access import KeyRing, current_caller, set_caller
+from servd.api.access import KeyRing, count_request, current_caller, set_caller
 from servd.api.grpc.status import Context, abort_with
 from servd.api.service import set_call_id
 from servd.errors import InvalidRequestError, ServdError
@@ -27,6 +28,18 @@ PROBES = (  # they carry no key
     "/inference.GRPCInferenceService/ServerLive",
     "/inference.GRPCInferenceService/ServerReady",
 )
+FREE_METHODS = frozenset(
+    (
+        *(f"/servd.v1.Inference/{name}" for name in (
+            "Abort", "ListPrefixes", "GetPrefix", "DeletePrefix", "GetRequestRecord", "ListRequestRecords",
+            "ListModels", "GetStatus",
+        )),
+        *(f"/inference.GRPCInferenceService/{name}" for name in (
+            "ModelReady", "ServerMetadata", "ModelMetadata", "ModelConfig", "ModelStatistics", "RepositoryIndex",
+            "ModelStreamInfer",  # each of its messages counts
+        )),
+    )
+)  # fmt: skip; see access.count_request
 MAX_OFFERED_KEYS = 4  # each unknown one is compared with all of the key file
 OWN_METHODS = ("/servd.v1.", "/inference.")
 REQUEST_ID_KEY = "x-request-id"
@@ -47,15 +60,9 @@ class CallInfo:
     started: float  # time.monotonic() seconds
 
 
-def admit_call(keys: KeyRing, metadata: Metadata) -> None:
-    """Make the key's holder the caller of this task, and count the call.
-
-    Raises AuthenticationError, or RateLimitedError.
-    """
-    caller = keys.caller(_offered_keys(metadata))
-    if caller.limits is not None:
-        caller.limits.count_request()
-    set_caller(caller)
+def identify_caller(keys: KeyRing, metadata: Metadata) -> None:
+    """Make the key's holder the caller of this task. Raises AuthenticationError."""
+    set_caller(keys.caller(_offered_keys(metadata)))
 
 
 def _offered_keys(metadata: Metadata) -> list[str]:
@@ -91,11 +98,16 @@ class Gate(grpc.aio.ServerInterceptor):
         set_call_id(info.request_id)  # interceptor and handler run in one task
         if not method.startswith(PROBES):
             try:
-                admit_call(self._keys, metadata)
+                identify_caller(self._keys, metadata)
+                if method not in FREE_METHODS:
+                    count_request()
             except ServdError as error:
                 return _observed(_refusal(error), info)
         handler = await continuation(handler_call_details)
-        return _observed(handler, info) if handler is not None and method.startswith(OWN_METHODS) else handler
+        if handler is None or not method.startswith(OWN_METHODS):
+            return handler
+        # A stream may outlive its key, which is therefore looked at again with each of its messages.
+        return _observed(handler, info, on_message=partial(identify_caller, self._keys, metadata))
 
 
 def _refusal(error: ServdError) -> Handler:
@@ -112,7 +124,7 @@ _KINDS = {
 }
 
 
-def _observed(handler: Handler, info: CallInfo) -> Handler:
+def _observed(handler: Handler, info: CallInfo, on_message: Callable[[], None] = lambda: None) -> Handler:
     """The same handler, which is a coroutine, between the id and the log line.
 
     It is handed the message's bytes: what grpc itself cannot decode it answers with UNKNOWN, and a trace in the log.
@@ -125,7 +137,7 @@ def _observed(handler: Handler, info: CallInfo) -> Handler:
         if decode is None:
             return await inner(request, context)
         if handler.request_streaming:
-            return await inner(_all_decoded(decode, request), context)
+            return await inner(_all_decoded(decode, request, on_message), context)
         try:
             message = _decoded(decode, request)
         except InvalidRequestError as error:
@@ -152,8 +164,11 @@ def _observed(handler: Handler, info: CallInfo) -> Handler:
     return _KINDS[kind](observe, None, handler.response_serializer)
 
 
-async def _all_decoded(decode: Callable[[bytes], Any], requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+async def _all_decoded(
+    decode: Callable[[bytes], Any], requests: AsyncIterator[bytes], on_message: Callable[[], None]
+) -> AsyncIterator[Any]:
     async for request in requests:
+        on_message()
         yield _decoded(decode, request)
 
 

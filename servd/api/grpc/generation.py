@@ -18,7 +18,7 @@ from servd.api.grpc._pb.servd.v1 import inference_pb2 as pb
 from servd.api.grpc._pb.servd.v1 import inference_pb2_grpc as pb_grpc
 from servd.api.grpc.chunks import ChunkWriter
 from servd.api.grpc.status import Context, errors_as_status
-from servd.api.grpc.writing import write_in_time
+from servd.api.grpc.writing import TimedWriter
 from servd.api.service import InferenceService
 from servd.errors import InvalidRequestError
 from servd.sampling_params import SamplingParams
@@ -112,15 +112,16 @@ class GenerationCalls(pb_grpc.InferenceServicer):
             cache_salt=convert.salt_from(request),
             prompt_param=prompt_param,
         )
-        writer = ChunkWriter(request_id, self.service.model_name, self.service.engine.tokenizer, new_reader)
+        chunks = ChunkWriter(request_id, self.service.model_name, self.service.engine.tokenizer, new_reader)
         self._running[request_id] = current_caller()
         try:
             async with aclosing(outputs):
-                async for output in outputs:
-                    for chunk in writer.chunks_of(output):
-                        await write_in_time(context, chunk, self._write_timeout)
-                    if output.error is not None:
-                        raise output.error
+                with TimedWriter(context, self._write_timeout) as line:
+                    async for output in outputs:
+                        for chunk in chunks.chunks_of(output):
+                            await line.write(chunk)
+                        if output.error is not None:
+                            raise output.error
         finally:
             del self._running[request_id]
 

@@ -14,10 +14,11 @@ from typing import Any
 import grpc.aio
 
 import servd
+from servd.api.access import count_request
 from servd.api.grpc._pb.inference import grpc_service_pb2 as pb
 from servd.api.grpc._pb.inference import grpc_service_pb2_grpc as pb_grpc
 from servd.api.grpc.status import Context, errors_as_status, status_message
-from servd.api.grpc.writing import write_in_time
+from servd.api.grpc.writing import TimedWriter
 from servd.api.kserve import model
 from servd.api.kserve.answers import InferReply, replies_to, whole_reply
 from servd.api.kserve.call import InferRequest, call_from, check_count, input_spec, raw_tensor
@@ -148,16 +149,17 @@ class KServeServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def ModelStreamInfer(self, requests: AsyncIterator[pb.ModelInferRequest], context: Context) -> None:
         """Many requests at once, each with its replies."""
         async with errors_as_status(context, "parameters"):
-            await _InferStream(self.service, context, self._write_timeout).run(requests)
+            with TimedWriter(context, self._write_timeout) as line:
+                await _InferStream(self.service, context, line).run(requests)
 
 
 class _InferStream:
     """One ModelStreamInfer call: a task for each request, and one writer at a time."""
 
-    def __init__(self, service: InferenceService, context: Context, write_timeout: float) -> None:
+    def __init__(self, service: InferenceService, context: Context, line: TimedWriter) -> None:
         self._service = service
         self._context = context
-        self._write_timeout = write_timeout
+        self._line = line
         self._room = asyncio.Semaphore(MAX_REQUESTS_IN_STREAM)
         self._writing = asyncio.Lock()
 
@@ -173,6 +175,7 @@ class _InferStream:
 
     async def _answer(self, request: pb.ModelInferRequest) -> None:
         try:
+            count_request()
             call = call_from(_request_from(request), self._service)
             async with aclosing(replies_to(self._service, call, self._context.time_remaining())) as replies:
                 async for reply in replies:
@@ -203,7 +206,7 @@ class _InferStream:
     async def _write(self, message: pb.ModelStreamInferResponse) -> None:
         async with self._writing:
             try:
-                await write_in_time(self._context, message, self._write_timeout)
+                await self._line.write(message)
             except DeadlineExceededError as error:
                 raise _UnreadError(error.message) from None
 

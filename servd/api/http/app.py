@@ -55,6 +55,7 @@ from servd.errors import ConfigError, ServdError
 KEEPALIVE_SECONDS = 75.0  # also what a client has to send the head of a request
 SHUTDOWN_SECONDS = 2.0  # handlers are done by then: the engine was drained before
 BACKLOG = 2048
+_TLS = web.AppKey("tls", TlsContext)
 
 _log = logging.getLogger("servd.http")
 _NO_ACCESS_LOG = logging.getLogger("servd.http.aiohttp_access")  # the middleware writes the one line a request
@@ -64,9 +65,11 @@ _NO_ACCESS_LOG.disabled = True
 class _Protocol(web.RequestHandler):
     """aiohttp's connection, with JSON instead of plain text where the bytes were not even HTTP."""
 
-    __slots__ = ("_write_timeout",)
+    __slots__ = ("_tls", "_write_timeout")
 
-    def __init__(self, manager: web.Server, config: ServerConfig, write_timeout: float) -> None:
+    def __init__(
+        self, manager: web.Server, config: ServerConfig, write_timeout: float, tls: TlsContext | None
+    ) -> None:
         super().__init__(
             manager,
             loop=asyncio.get_running_loop(),
@@ -78,9 +81,14 @@ class _Protocol(web.RequestHandler):
             max_headers=config.max_headers,
         )
         self._write_timeout = write_timeout
+        self._tls = tls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        if self._tls is not None and self._tls.is_void(transport.get_extra_info("ssl_object")):
+            _log.info("a connection takes up a session from before the client authorities changed: cut off")
+            self.force_close()
+            return
         # A whole reply, and the end of a stream, wait in buffers that no handler watches: the system cuts the client
         # off that reads nothing of them for so long.
         connection = transport.get_extra_info("socket")
@@ -128,9 +136,10 @@ class _Protocol(web.RequestHandler):
 class _Server(web.Server):
     config = ServerConfig()
     write_timeout = 60.0  # seconds
+    tls: TlsContext | None = None
 
     def __call__(self) -> web.RequestHandler:
-        return _Protocol(self, self.config, self.write_timeout)
+        return _Protocol(self, self.config, self.write_timeout, self.tls)
 
 
 class _Runner(web.AppRunner):
@@ -139,6 +148,7 @@ class _Runner(web.AppRunner):
         # Without handler_cancellation the handler of a non-streaming call would run on for a client long gone.
         server = _Server(server.request_handler, request_factory=server.request_factory, handler_cancellation=True)
         server.config, server.write_timeout = self.app[SERVER_CONFIG], self.app[WRITE_TIMEOUT]
+        server.tls = self.app.get(_TLS)
         return server
 
 
@@ -206,6 +216,7 @@ async def start_http(
     if (files := TlsFiles.of(server_config)) is not None:
         tls = TlsContext(files)
         context = tls.context
+        app[_TLS] = tls
         app.cleanup_ctx.append(lambda _: _following(tls))
     runner = _Runner(app, shutdown_timeout=SHUTDOWN_SECONDS)
     await runner.setup()

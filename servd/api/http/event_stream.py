@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 
 from aiohttp import web
@@ -17,6 +17,7 @@ from aiohttp.typedefs import Handler
 from servd.api.http.context import CALLER, KEEP_ALIVE, RESUMABLE_STREAMS, WRITE_TIMEOUT
 from servd.api.http.middleware import client_is_gone
 from servd.api.http.resumable_streams import LAST_EVENT_ID, EventSource, ReaderLostError
+from servd.engine.result_stream import ResultStream
 from servd.errors import UnsupportedError
 
 _KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
@@ -25,9 +26,16 @@ _log = logging.getLogger("servd.http")
 
 
 async def send_events(
-    request: web.Request, stream_id: str, source: EventSource, *, resumable: bool = False
+    request: web.Request,
+    stream_id: str,
+    source: EventSource,
+    *,
+    reads: Sequence[ResultStream] = (),
+    resumable: bool = False,
 ) -> web.StreamResponse:
     """Send a source's events as they come, the n-th with the id 'STREAM_ID:n'; then close the source.
+
+    `reads`: what the source reads and closes; closed here if it never began, for then it closes nothing.
 
     A client that goes away, or leaves its events unread for `WRITE_TIMEOUT` seconds, ends the source, unless the
     stream is `resumable`: then the source goes on for a while without it (see `resumable_streams`). Raises
@@ -43,7 +51,7 @@ async def send_events(
                 )
             log = streams.start(stream_id, request[CALLER].tenant, source)
         except BaseException:
-            await source.aclose()
+            await _close(source, reads)
             raise
         return await send_pieces(request, log.after(0))
     number = 1
@@ -58,8 +66,14 @@ async def send_events(
                 await line.write(b"".join(pieces))
     finally:
         # First, and without a pause: the handler may be cancelled at its next one, while it is already on its way out.
-        await source.aclose()
+        await _close(source, reads)
     return line.response
+
+
+async def _close(source: EventSource, reads: Sequence[ResultStream]) -> None:
+    for stream in reads:
+        await stream.aclose()
+    await source.aclose()
 
 
 async def send_pieces(request: web.Request, pieces: AsyncGenerator[bytes, None]) -> web.StreamResponse:

@@ -14,16 +14,18 @@ import uuid
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from servd.api.access import ANONYMOUS, set_caller
+from servd.api.access import ANONYMOUS, count_request, set_caller
 from servd.api.http import cors
 from servd.api.http.context import ARRIVAL, CALLER, ERROR_BODIES, KEYS, PUBLIC_ROUTES, REQUEST_ID, SERVER_CONFIG
 from servd.api.http.errors import ForbiddenError, as_servd_error, error_response
+from servd.api.http.resumable_streams import LAST_EVENT_ID
 from servd.api.service import set_call_id
 from servd.errors import ServdError
 
 MAX_OFFERED_KEYS = 4  # each unknown one is compared with all of the file
 CLIENT_CLOSED_REQUEST = 499  # nginx's number for the log line of a client that went away
 
+_FREE_POSTS = ("/v1/responses/{response_id}/cancel", "/v2/repository/index")  # see access.count_request
 _REQUEST_ID_SHAPE = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _log = logging.getLogger("servd.http")
 
@@ -99,12 +101,20 @@ async def check_access(request: web.Request, handler: Handler) -> web.StreamResp
     if not keys.is_open:
         if resource is None or resource.canonical not in request.app[PUBLIC_ROUTES]:
             caller = request[CALLER] = keys.caller(_offered_keys(request))
-            if caller.limits is not None and request.method == "POST":
-                caller.limits.count_request()
+            set_caller(caller)
+            if _makes_work(request):
+                count_request()
     elif not cors.is_named(request.headers.get("Origin"), config.cors_origin):
         _check_origin(request, is_local=_is_this_machine(config.host))
     set_caller(request[CALLER])
     return await handler(request)
+
+
+def _makes_work(request: web.Request) -> bool:
+    resource = request.match_info.route.resource
+    if request.method != "POST" or (resource is not None and resource.canonical in _FREE_POSTS):
+        return False
+    return not request.headers.get(LAST_EVENT_ID)  # such a POST reads on in a stream, or is refused
 
 
 def _offered_keys(request: web.Request) -> list[str]:

@@ -63,7 +63,7 @@ async def stream_reply(
     what is unfinished is aborted.
     """
     source = _chunks(head, options, streams, n, render)
-    return await send_events(request, str(head["id"]), source, resumable=options.resumable)
+    return await send_events(request, str(head["id"]), source, reads=streams, resumable=options.resumable)
 
 
 async def _chunks(

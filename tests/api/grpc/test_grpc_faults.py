@@ -15,9 +15,11 @@ import grpc
 import grpc.aio
 import pytest
 
+from servd.api.grpc._pb.inference import grpc_service_pb2_grpc as kserve_grpc
 from servd.api.grpc._pb.servd.v1 import inference_pb2 as pb
 from servd.config import ServerConfig
 from tests.api.grpc.grpc_helpers import Served, blamed_field, error_of, run, served, text_of
+from tests.api.grpc.kserve_helpers import request_of
 
 Code = grpc.StatusCode
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -188,6 +190,27 @@ def test_a_client_that_never_reads_is_cut_off(tmp_path: Path) -> None:
                     pass
             assert error.value.code() == Code.DEADLINE_EXCEEDED
             assert "unread for 0.3 s" in str(error.value.details())
+
+    run(test)
+
+
+def test_a_stream_of_many_requests_that_is_never_read_is_cut_off(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with served(tmp_path, write_timeout=0.3, max_position_embeddings=30_000, executor_options={
+            "num_blocks": 4001
+        }) as s:  # fmt: skip
+            small = [("grpc.http2.bdp_probe", 0)]  # a window that does not grow
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{s.server.port}", options=small) as channel:
+                call = kserve_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer()
+                for _ in range(60):  # replies hold their prompts
+                    await call.write(request_of("x" * 25_000, max_tokens=1))
+                await call.write(request_of(flags={"stream": True}, max_tokens=29_000, ignore_eos=True))
+                await s.fake.wait_until(lambda: s.fake.engine.stats().running > 0)
+                await s.fake.wait_idle(30.0)
+                with pytest.raises(grpc.aio.AioRpcError, match=r"unread for 0\.3 s"):
+                    async with asyncio.timeout(30):
+                        while await call.read() is not grpc.aio.EOF:
+                            pass
 
     run(test)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,30 @@ def test_a_key_is_asked_for(metadata: list[tuple[str, str]], passes: bool, tmp_p
             else:
                 for call in calls:
                     assert (await error_of(call)).code() == grpc.StatusCode.UNAUTHENTICATED
+
+    run(test)
+
+
+@pytest.mark.parametrize("key", [None, "wrong"])
+def test_every_method_but_the_probes_wants_the_key(key: str | None, tmp_path: Path) -> None:
+    services = [pb.DESCRIPTOR.services_by_name["Inference"]]
+    services += [kserve.DESCRIPTOR.services_by_name["GRPCInferenceService"]]
+    paths = [f"/{service.full_name}/{method.name}" for service in services for method in service.methods]
+    reflected = ["/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", "/servd.v1.Inference/NoSuchMethod"]
+    probes = {f"/{KSERVE_NAME}/ServerLive", f"/{KSERVE_NAME}/ServerReady"}
+
+    async def test() -> None:
+        async with served(tmp_path, server_config=CONFIG_WITH_KEY) as s:
+            metadata = [] if key is None else [("authorization", f"Bearer {key}")]
+            for path in (*paths, *reflected):
+                start: Any = s.channel.stream_stream(path)
+                call = start(iter([b""]), metadata=metadata)
+                with suppress(grpc.aio.AioRpcError):
+                    async for _ in call:
+                        pass
+                expected = grpc.StatusCode.OK if path in probes else grpc.StatusCode.UNAUTHENTICATED
+                assert await call.code() is expected, path
+            assert len(paths) > 20 and not s.fake.engine.request_log.overview()
 
     run(test)
 

@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletion
 
 from tests.api.http.serving import CHAT, Served, serve
 
-SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "title": "Count"}
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "title": "Count"}
 
 
 async def post(server: Served, **fields: Any) -> dict[str, Any]:

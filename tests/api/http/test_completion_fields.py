@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from servd.config import ServerConfig
 from servd.engine import guidance
 from servd.sampling_params import SamplingParams
 from tests.api.http.serving import CHAT, COMPLETIONS, Served, serve
@@ -131,6 +132,16 @@ def test_best_of_returns_n_answers_and_counts_them(tmp_path: Path) -> None:
 
 
 # -- prompts -------------------------------------------------------------------------------------------------------
+
+
+def test_the_server_says_how_many_prompts_a_call_may_have(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path, server=ServerConfig(port=0, max_prompts=2)) as server:
+            assert (await server.post(COMPLETIONS, {"prompt": ["a", "b"], "max_tokens": 1})).status == 200
+            error = (await server.post(COMPLETIONS, {"prompt": ["a", "b", "c"], "max_tokens": 1})).error()
+            assert (error["param"], error["message"]) == ("prompt", "prompt has 3 prompts; allowed: at most 2")
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(

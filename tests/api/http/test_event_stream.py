@@ -24,6 +24,16 @@ BODY: dict[str, Any] = {
 }  # fmt: skip
 
 
+MESSAGES = [{"role": "user", "content": "a"}]
+# Answers of about 2000 tokens, streamed.
+ROUTES: list[tuple[str, dict[str, Any]]] = [
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "stream": True}),
+    (COMPLETIONS, {"prompt": ["a", "b"], "n": 2, "max_tokens": 2000, "ignore_eos": True, "stream": True}),
+    (CHAT, {"messages": MESSAGES, "max_tokens": 1900, "ignore_eos": True, "stream": True}),
+    ("/v1/responses", {"input": "a", "max_output_tokens": 1900, "ignore_eos": True, "stream": True}),
+]
+
+
 def ids_of(data: bytes) -> list[str]:
     return [line.removeprefix("id: ") for line in data.decode().splitlines() if line.startswith("id: ")]
 
@@ -137,10 +147,12 @@ def test_an_event_that_was_not_sent_yet_is_refused(tmp_path: Path) -> None:
 
 def test_a_server_without_resuming_says_so(tmp_path: Path) -> None:
     async def main() -> None:
-        async with serve(tmp_path, server=ServerConfig(port=0, resume_seconds=0)) as server:
-            reply = await server.post(COMPLETIONS, BODY)
-            assert reply.status == 400
-            assert reply.error()["param"] == "stream_options.resumable"
+        config = ServerConfig(port=0, resume_seconds=0)
+        async with serve(tmp_path, server=config, step_delay=0.02) as server:  # 2000 tokens are 40 s: longer than
+            for path, body in ROUTES:  # `serve` waits in the end for what still runs
+                reply = await server.post(path, body | {"stream_options": {"resumable": True}})
+                assert reply.status == 400
+                assert reply.error()["param"] == "stream_options.resumable"
 
     asyncio.run(main())
 

@@ -107,6 +107,36 @@ def test_a_fork_shares_all_and_copies_the_partly_filled_block_when_it_writes(man
     assert manager.allocate_slots(parent, 6, 1).copies == []
 
 
+def test_what_a_fork_goes_on_to_compute_is_found_as_its_own(manager):
+    parent = make_request("p", list(range(6)))
+    run_prefill(manager, parent)
+    parent.output_token_ids += [70, 71, 72]
+    manager.allocate_slots(parent, 6, 3)
+    manager.cache_full_blocks(parent, 9)  # a block more than the child shares
+    child = make_request("c", list(range(6)))
+    manager.fork(parent, child, 6)
+    child.output_token_ids += [80, 81, 82, 83, 84, 85]
+    manager.allocate_slots(child, 5, 7)
+    manager.cache_full_blocks(child, 12)
+    tokens = [*child.all_token_ids(), 1]
+    hit = make_request("hit", tokens)
+    assert manager.attach_cached_prefix(hit) == 12
+    assert manager.block_ids(hit)[1:] == manager.block_ids(child)[1:]
+    mixed = [*parent.all_token_ids()[:8], *tokens[8:]]
+    assert manager.attach_cached_prefix(make_request("mixed", mixed)) == 8, "of the parent, and no more"
+
+
+def test_a_fork_under_another_salt_inherits_no_hash(manager):
+    parent = make_request("p", list(range(8)))
+    run_prefill(manager, parent)
+    child = make_request("c", [*range(8), 9], cache_salt="another")
+    manager.fork(parent, child, 8)
+    child.output_token_ids += [80, 81, 82]
+    manager.allocate_slots(child, 8, 4)
+    manager.cache_full_blocks(child, 12)
+    assert manager.attach_cached_prefix(make_request("other", [*child.all_token_ids(), 1])) == 8
+
+
 def test_the_parent_copies_if_it_writes_first(manager):
     parent = make_request("p", list(range(6)))
     run_prefill(manager, parent)

@@ -70,6 +70,7 @@ def test_a_lost_worker_or_step_does_not_change_the_answers(tmp_path, lost):
 def test_an_abort_ends_all_beams_and_answers(tmp_path):
     async def abort(fake):
         assert fake.engine.abort("r")
+        assert not fake.engine.core.scheduler.has_work(), "nothing is computed for nobody"
 
     found = search(tmp_path, prepare=abort, step_delay=0.002)
     assert sorted(found) == [0, 1, 2]

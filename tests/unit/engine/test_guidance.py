@@ -106,6 +106,26 @@ def test_json_is_on_one_line_with_at_most_a_space_between(vocabulary):
         assert not follows(spaced, text, vocabulary)
 
 
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "integer"}, ["0", "-9007199254740991", "9007199254740991"], ["9007199254740992", "1" * 20]),
+        ({"type": ["integer", "null"]}, ["null", "7"], ["1" * 20]),
+        ({"type": "integer", "minimum": 5}, ["5", "9007199254740991"], ["4", "1" * 20]),
+        ({"type": "integer", "exclusiveMaximum": 5}, ["4", "-9007199254740991"], ["5", "-" + "1" * 20]),
+        ({"items": {"$ref": "#/$defs/i"}, "$defs": {"i": {"type": "integer"}}}, ["[1]"], [f"[{10**20}]"]),
+        ({"type": "integer", "minimum": 10**17, "maximum": 2 * 10**17}, [str(10**17)], ["5"]),
+        ({"type": "integer", "enum": [3, 10**17]}, ["3", str(10**17)], ["5"]),
+    ],
+)
+def test_an_integer_ends(schema, good, bad, vocabulary):
+    text = guidance.from_json_schema(schema)
+    for answer in good:
+        assert follows(answer, text, vocabulary), answer
+    for answer in bad:
+        assert not follows(answer, text, vocabulary), answer
+
+
 def test_the_librarys_tokens_have_the_bytes_of_ours(tmp_path):
     files = write_folder(tmp_path, sentencepiece_backend())
     tokenizer, size = Tokenizer.from_files(files), 300
@@ -256,6 +276,11 @@ def test_a_grammar_that_cannot_be_served_is_refused_soon(text, checker):
     began = time.monotonic()
     refusal(checker, text)
     assert time.monotonic() - began < 2
+
+
+def test_a_regex_that_no_utf_8_can_hold_is_refused():
+    with pytest.raises(InvalidRequestError, match="guided_regex"):
+        guidance.from_regex("a\ud800", param="guided_regex")
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+b", "(a|aa){1,5000}", "(.*a.{25}|.*b.{27})", "((a{1,100}){1,100}){1,100}"])

@@ -329,3 +329,16 @@ def test_an_id_that_is_used_again_names_the_newer_request() -> None:
         add(log, f"other{i}")
         end(log, f"other{i}")
     assert log.describe("r")["state"] == "waiting"
+
+
+def test_what_nobody_will_fetch_is_not_counted_as_unread(tmp_path: Path) -> None:
+    async def scenario(fake: FakeEngine) -> None:
+        stream = fake.engine.generate(list(b"hello"), SamplingParams(max_tokens=400, prompt_logprobs=5), request_id="r")
+        await stream.aclose()  # before the first step; the answer's last words come after
+        await asyncio.sleep(0.05)
+        first = record(fake, "r")
+        await asyncio.sleep(0.05)
+        assert first["finish_reason"] == "abort"
+        assert record(fake, "r") == first
+
+    run(tmp_path, scenario)

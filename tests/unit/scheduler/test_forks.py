@@ -137,3 +137,53 @@ def test_a_line_of_forks_that_kills_the_workers_is_given_up(make_scheduler):
             scheduler.fork(parent, request)
             scheduler.release(parent)
     assert errors == [GIVEN_UP]
+
+
+def test_a_fork_that_finds_no_seat_waits_and_is_computed_anew(make_scheduler):
+    scheduler, worker = make_scheduler(max_num_seqs=2), WorkerModel(4)
+    root = one_token_request("root", list(range(10)))
+    scheduler.add(root)
+    step(scheduler, worker)
+    children = children_of(root, 3)
+    for child in children:
+        scheduler.fork(root, child)
+    scheduler.release(root)
+    assert (len(scheduler.running), len(scheduler.waiting)) == (2, 1)
+    assert len(step(scheduler, worker)) == 2
+    for child in children[:2]:
+        scheduler.release(child)
+    step(scheduler, worker)
+    assert [child.finish_reason for child in children] == [FinishReason.LENGTH] * 3
+    scheduler.release(children[2])
+    assert scheduler.cache.pool.num_free == scheduler.cache.pool.num_usable
+
+
+def test_kept_blocks_give_way_before_the_last_running_request_does(make_scheduler, make_request):
+    scheduler, worker = make_scheduler(num_blocks=6), WorkerModel(4)  # 20 tokens
+    root, other = one_token_request("root", list(range(7))), make_request("other", 10, max_tokens=8)
+    scheduler.add(root)
+    step(scheduler, worker)
+    scheduler.add(other)
+    while scheduler.has_work():
+        step(scheduler, worker)
+    assert other.finish_reason is FinishReason.LENGTH and scheduler.num_preemptions == 0
+    (child,) = children_of(root, 1)
+    scheduler.fork(root, child)
+    scheduler.release(root)
+    step(scheduler, worker)
+    assert child.finish_reason is FinishReason.LENGTH
+
+
+def test_a_line_of_forks_that_got_past_a_death_is_no_suspect(make_scheduler):
+    scheduler, worker = make_scheduler(), WorkerModel(4)
+    request = one_token_request("r", list(range(6)))
+    scheduler.add(request)
+    scheduler.schedule()
+    scheduler.recover(workers_lost=True)
+    step(scheduler, worker)
+    assert request.num_worker_deaths == 1, "its prefill is no proof"
+    (child,) = children_of(request, 1)
+    scheduler.fork(request, child)
+    scheduler.release(request)
+    step(scheduler, worker)
+    assert child.num_worker_deaths == 0

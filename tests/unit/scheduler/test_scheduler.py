@@ -218,6 +218,18 @@ def test_siblings_go_on_when_the_parent_is_aborted_before_its_prompt_is_computed
     assert run_to_end(scheduler) == {"c": FinishReason.LENGTH}
 
 
+def test_what_a_failed_request_computed_is_found_by_nobody(make_scheduler, make_request):
+    scheduler, worker = make_scheduler(max_num_batched_tokens=8), WorkerModel(4)
+    scheduler.add(make_request("a", 12))
+    scheduler.update_from_output(worker.execute(scheduler.schedule()))  # two blocks, findable until it fails
+    output = worker.execute(scheduler.schedule())
+    output.failed["a"] = "its logits are NaN"
+    scheduler.update_from_output(output)
+    again = make_request("again", 12)
+    scheduler.add(again)
+    assert shares(scheduler.schedule()) == {"again": 8} and again.num_cached_tokens == 0
+
+
 def test_a_request_that_failed_alone_leaves_the_others_running(make_scheduler, make_request):
     scheduler, worker = make_scheduler(), WorkerModel(4)
     scheduler.add(make_request("a", 5))

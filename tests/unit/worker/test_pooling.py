@@ -90,6 +90,18 @@ def test_a_preempted_prompt_begins_again(worker: Worker) -> None:
     assert worker.execute(driver.plan({"a": 17})).embeddings["a"] == alone
 
 
+def test_nothing_is_kept_of_prompts_that_are_dropped(worker: Worker) -> None:
+    driver = make_driver(worker)
+    for name in ("whole", "aborted"):
+        driver.add(name, make_prompt(6, 12), pooling="mean", max_tokens=0)
+    worker.execute(driver.plan({"whole": 12, "aborted": 5}))
+    driver.finish("whole")
+    driver.finish("aborted")
+    driver.add("text", make_prompt(7, 5), temperature=0.0)
+    driver.step({"text": 0})
+    assert not {"whole", "aborted"} & set(worker.runner._pooler._pools)
+
+
 def test_requests_that_sample_and_those_that_are_pooled_share_a_step(worker: Worker) -> None:
     driver = make_driver(worker)
     text = driver.add("text", make_prompt(4, 9), temperature=0.0)

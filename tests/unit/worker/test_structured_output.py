@@ -169,6 +169,57 @@ def test_while_a_grammar_is_compiled_the_others_go_on_and_nothing_is_lost(tokeni
     assert until_end(slow) == alone(tokenizer_path, slow.prompt, **REQUESTS[0])
 
 
+def test_constrained_requests_do_not_wait_for_the_grammar_of_another(
+    tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tokenizer_path)
+    quick = bench.driver.add("quick", make_prompt(1, 6), **REQUESTS[3])
+    while not quick.output:
+        bench.driver.step({"quick": 0})
+    ready = threading.Event()
+    busy = bench.runner.batch._guides._building.submit(ready.wait, 5)
+    bench.driver.add("slow", make_prompt(2, 6), **REQUESTS[0])
+    monkeypatch.setattr("servd.worker.structured_output.PATIENCE_ALONE", 60)
+    assert bench.driver.step({"quick": 0, "slow": 0}).request_ids == ["quick"]
+    assert not busy.done()
+    ready.set()
+
+
+def test_a_mask_that_took_long_is_made_apart_the_next_time(
+    tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("servd.worker.structured_output.SLOW_SECONDS", 0)
+    bench = Bench(tokenizer_path)
+    slow = bench.driver.add("slow", make_prompt(1, 6), **REQUESTS[0])
+    while not slow.output:
+        bench.driver.step({"slow": 0})
+    ready = threading.Event()
+    bench.runner.batch._guides._slow.submit(ready.wait, 60)
+    bench.driver.add("other", make_prompt(2, 9), **REQUESTS[5])
+    for _ in range(3):
+        assert bench.driver.step({"slow": 0, "other": 0}).request_ids == ["other"]
+    ready.set()
+    bench.run(slow)
+    assert until_end(slow) == alone(tokenizer_path, slow.prompt, **REQUESTS[0])
+
+
+def test_a_step_that_gives_nobody_a_token_waits_for_a_mask_that_was_begun_before(
+    tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tokenizer_path)
+    sequence = bench.driver.add("a", make_prompt(1, 6), **REQUESTS[0])
+    while not sequence.output:
+        bench.driver.step({"a": 0})
+    guides, ready = bench.runner.batch._guides, threading.Event()
+    next(iter(guides._entries.values())).is_slow = True
+    guides._slow.submit(ready.wait, 5)
+    monkeypatch.setattr("servd.worker.structured_output.PATIENCE_ALONE", 0)
+    assert bench.driver.step({"a": 0}).request_ids == []
+    monkeypatch.setattr("servd.worker.structured_output.PATIENCE_ALONE", 60)
+    threading.Timer(0.05, ready.set).start()
+    assert bench.driver.step({"a": 0}).request_ids == ["a"]
+
+
 def test_plans_made_ahead_of_a_deferral_give_the_tokens_a_step_later(tokenizer_path: Path) -> None:
     bench = Bench(tokenizer_path)
     ready = threading.Event()
@@ -208,7 +259,7 @@ def test_a_grammar_that_cannot_be_followed_fails_its_request_alone(tokenizer_pat
     good = bench.driver.add("good", make_prompt(2, 6), **REQUESTS[0])
     failed: dict[str, str] = {}
     for _ in range(100):
-        failed |= bench.driver.step({"bad": 0, "good": 0}).failed
+        failed |= bench.driver.step({"bad": 0} if is_over(good) else {"bad": 0, "good": 0}).failed
         if failed and is_over(good):
             break
     assert list(failed) == ["bad"] and "grammar" in failed["bad"], bad

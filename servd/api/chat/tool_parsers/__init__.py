@@ -47,7 +47,11 @@ class ToolParser(ABC):
 
     @abstractmethod
     def read(self, source: Source, writer: Writer, tools: Sequence[Tool]) -> Steps:
-        """Parse an answer to its end. Linear in its length; what is no call is text, and nothing is lost."""
+        """Parse an answer to its end. Linear in its length; what is no call is text, and nothing is lost.
+
+        Answers may break off anywhere: a call whose name and arguments have begun stays one, its arguments as far as
+        they came; before that it is text; behind a call's arguments, a closing tag that is cut short is no text.
+        """
 
     @abstractmethod
     def grammar(self, tools: Sequence[Tool], marker: Callable[[str], str]) -> CallGrammar:

@@ -34,7 +34,7 @@ class Hermes(ToolParser):
         while (yield from text_until(source, writer, [OPENING])):
             if (yield from read_tagged_call(source, writer, OPENING)):
                 blanks = yield from source.spaces()
-                if not (yield from source.literal(CLOSING)):
+                if not (yield from source.closing(CLOSING)):
                     writer.text(blanks)
 
     def grammar(self, tools: Sequence[Tool], marker: Callable[[str], str]) -> CallGrammar:

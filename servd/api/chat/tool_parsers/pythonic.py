@@ -67,7 +67,7 @@ def _calls(source: Source, writer: Writer, names: set[str]) -> Steps:
             yield from source.spaces()
             if (yield from source.literal("]")):
                 yield from source.spaces()
-                yield from source.literal(END)
+                yield from source.closing(END)
                 source.release()
                 return
             if not (yield from source.literal(",")):

@@ -84,9 +84,9 @@ def _parameters(source: Source, writer: Writer, schema: Mapping[str, Any]) -> St
         rule = properties.get(key) if isinstance(properties, Mapping) else None
         yield from (_text_value if _is_text(rule) else _typed_value)(source, writer)
     writer.arguments("{}" if separator == "{" else "}")
-    if (yield from source.literal(END_FUNCTION)):
+    if (yield from source.closing(END_FUNCTION)):
         blanks = yield from source.spaces()
-        if (yield from source.literal(CLOSING)):
+        if (yield from source.closing(CLOSING)):
             blanks = ""
     writer.text(blanks)
 

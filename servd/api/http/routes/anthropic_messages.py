@@ -70,7 +70,7 @@ async def create_message(request: web.Request) -> web.StreamResponse:
         )
     making = _Making(service, plan, stream, message_id)
     if body.stream:
-        return await send_events(request, message_id, making.events())
+        return await send_events(request, message_id, making.events(), reads=[stream])
     async for _ in making.events():
         pass
     if making.failure is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from servd.api.http.context import SERVICE, system_fingerprint
+from servd.api.http.context import SERVER_CONFIG, SERVICE, system_fingerprint
 from servd.api.http.decode import decode_body, read_body
 from servd.api.http.generation import Answer, gather_answers, start_streams
 from servd.api.http.openapi import GENERATES, Endpoint, Operation
@@ -39,7 +39,8 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     service.engine.check_room(params.num_sequences)
     if (form := answer_format(body)) is not None:
         await service.engine.check_guidance(params, param=form.param)
-    prompts = body.prompts()
+    prompts = body.prompts(request.app[SERVER_CONFIG].max_prompts)
+    service.check_num_prompts(len(prompts))
     names = ["prompt"] if len(prompts) == 1 else [f"prompt[{i}]" for i in range(len(prompts))]
     token_ids = [
         await _encode(service, body, prompt, name)

@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 from aiohttp import web
 
-from servd.api.http.context import ENGINE_FEED
+from servd.api.http.context import CALLER, ENGINE_FEED
 from servd.api.http.event_stream import send_events
 from servd.api.http.openapi import Endpoint, Operation
 from servd.api.http.resumable_streams import EventSource
@@ -21,15 +21,15 @@ async def engine_events(request: web.Request) -> web.StreamResponse:
     """Follow the engine: one event a quarter of a second while there is work, one a second while there is none.
 
     A listener that reads slowly misses events; one that reads nothing is cut off. The stream ends when the server
-    shuts down. No text or token of any request is in it.
+    shuts down. No text or token of any request is in it, and of other tenants' requests only how many there are.
     """
     feed = request.app[ENGINE_FEED]
     feed.check_room()
-    return await send_events(request, "engine", _events(feed))
+    return await send_events(request, "engine", _events(feed, request[CALLER].tenant))
 
 
-async def _events(feed: EngineFeed) -> EventSource:
-    async with aclosing(feed.frames()) as frames:
+async def _events(feed: EngineFeed, tenant: str) -> EventSource:
+    async with aclosing(feed.frames(tenant)) as frames:
         async for frame in frames:
             yield [b"data: %b\n\n" % frame]
 

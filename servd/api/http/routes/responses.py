@@ -76,7 +76,7 @@ async def create_response(request: web.Request) -> web.StreamResponse:
         making.on_end = lambda answer: _keep(request, stored, answer)
     if body.stream:
         resumable = body.stream_options is not None and body.stream_options.resumable
-        return await send_events(request, response_id, making.events(), resumable=resumable)
+        return await send_events(request, response_id, making.events(), reads=[stream], resumable=resumable)
     async for _ in making.events():
         pass
     if answer.failure is not None:

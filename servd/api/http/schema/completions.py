@@ -15,7 +15,6 @@ from servd.api.http.schema.generation import GenerationRequest
 from servd.errors import InvalidRequestError
 from servd.sampling_params import SamplingParams
 
-MAX_PROMPTS = 256
 MAX_CHOICES = 1024  # prompts times n
 
 
@@ -45,8 +44,8 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
         """16 unless asked for more, as OpenAI has it."""
         return 16 if self.max_tokens is None else self.max_tokens
 
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts, one or many. Raises InvalidRequestError for an empty, mixed or overlong list."""
+    def prompts(self, max_prompts: int) -> list[str | list[int]]:
+        """The prompts, one to `max_prompts`. Raises InvalidRequestError for an empty, mixed or overlong list."""
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]
@@ -60,8 +59,10 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
             )
         if kinds == {int}:
             return [prompt]  # type: ignore[list-item]  # all of them are ints
-        if len(prompt) > MAX_PROMPTS:
-            raise InvalidRequestError(f"prompt has {len(prompt)} prompts; allowed: {MAX_PROMPTS}", param="prompt")
+        if len(prompt) > max_prompts:
+            raise InvalidRequestError(
+                f"prompt has {len(prompt)} prompts; allowed: at most {max_prompts}", param="prompt"
+            )
         if len(prompt) * self.num_sequences > MAX_CHOICES:
             name = "n" if self.best_of is None else "best_of"
             raise InvalidRequestError(

@@ -134,7 +134,7 @@ export class EngineView {
 
   showRequests(frame) {
     const all = [...frame.running, ...frame.waiting];
-    if (!all.length) {
+    if (!all.length && !frame.num_running && !frame.num_waiting) {
       this.requests.replaceChildren(element("p", { className: "note" }, "None now."));
       return;
     }
@@ -181,7 +181,8 @@ export class EngineView {
       `${step.prefill_tokens} prefill · ${step.decode_tokens} decode · ${step.accepted_tokens} of ${step.draft_tokens} drafts right`,
       ...step.parts.slice(0, 8).map(([id, prefill, decode, right]) =>
         `${id.replace(/^([a-z]+-.{6}).*?(#\d+)?$/, "$1$2")}  ${prefill ? `prefill ${prefill}` : `decode ${decode + right}`}`)];
-    if (step.parts.length > 8) lines.push(`and ${step.requests - 8} more`);
+    const hidden = step.requests - Math.min(step.parts.length, 8);
+    if (hidden > 0) lines.push(`and ${hidden} more`);
     showTip(event.clientX, event.clientY, ...lines.map((line) => element("div", {}, line)));
   }
 }

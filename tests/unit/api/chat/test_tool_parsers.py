@@ -131,6 +131,30 @@ def test_examples(name: str, template: str, text: str, expected: Seen) -> None:
     assert seen(tool_reader(name, template), text, range(1, len(text))) == expected
 
 
+# (parser, a call up to the end of its arguments, what closes it)
+CLOSED_CALLS = [
+    ("hermes", f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}', "\n</tool_call>"),
+    ("qwen3_coder", "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>",
+     "\n</function>\n</tool_call>"),
+    ("pythonic", "<|python_start|>[get_weather(city='Paris')", "]<|python_end|>"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "call", "end"), CLOSED_CALLS)
+def test_a_closing_tag_that_breaks_off_is_no_text(name: str, call: str, end: str) -> None:
+    for length in range(len(end) + 1):
+        text = call + end[:length]
+        expected = ("", None, [("get_weather", PARIS)])
+        assert seen(tool_reader(name, ""), text) == expected, text
+        assert seen(tool_reader(name, ""), text, range(1, len(text))) == expected, text
+
+
+@pytest.mark.parametrize(("name", "call", "end"), CLOSED_CALLS[:2])
+def test_what_only_begins_like_a_closing_tag_is_text(name: str, call: str, end: str) -> None:
+    text = f"{call}{end[:5]}> done"
+    assert seen(tool_reader(name, ""), text)[0] == f"{end[:5]}> done"
+
+
 @pytest.mark.parametrize("name", NAMES)
 @given(pieces=st.lists(st.sampled_from(PIECES), max_size=30), seed=st.integers(0, 2**32))
 def test_cuts_do_not_matter(name: str, pieces: list[str], seed: int) -> None:
