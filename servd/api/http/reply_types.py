@@ -269,32 +269,100 @@ class DeletedPrefix(msgspec.Struct):
     deleted: bool
 
 
+class RequestSummary(msgspec.Struct):
+    """A request in a list; `created` is in seconds since 1970."""
+
+    id: str
+    object: Literal["request"]
+    state: Literal["waiting", "running", "finished"]
+    created: float
+    age_seconds: float
+
+
 class RequestList(msgspec.Struct):
     """Newest first."""
 
     object: Literal["list"]
-    data: list[dict[str, Any]]
+    data: list[RequestSummary]
 
 
-class InputTokens(msgspec.Struct):
-    """How long a prompt is."""
+class BatchSizes(msgspec.Struct):
+    """Requests in the steps that an answer took part in."""
 
-    input_tokens: int
-
-
-class AnthropicError(msgspec.Struct):
-    """What went wrong, in Anthropic's words."""
-
-    type: str
-    message: str
+    min: int
+    mean: float
+    max: int
 
 
-class AnthropicErrorReply(msgspec.Struct):
-    """The body of a reply that is not a success, in Anthropic's shape."""
+class PrefillChunk(msgspec.Struct):
+    """A part of the prompt; `at_seconds` after arrival its step, which took `seconds`, was over."""
 
-    type: Literal["error"]
-    error: AnthropicError
-    request_id: str | None | UnsetType = UNSET
+    step: int
+    tokens: int
+    at_seconds: float
+    seconds: float
+    batch_size: int
+
+
+class Preemption(msgspec.Struct):
+    """The answer lost its blocks."""
+
+    at_seconds: float
+    reason: str
+
+
+class Gaps(msgspec.Struct):
+    """Seconds between steps that gave tokens."""
+
+    median: float | None
+    max: float | None
+
+
+class Stall(msgspec.Struct):
+    """A gap far longer than the usual one."""
+
+    at_seconds: float
+    seconds: float
+    cause: str
+    detail: dict[str, Any] | UnsetType = UNSET
+
+
+class AnswerDescription(msgspec.Struct):
+    """One answer; all times are from the call's arrival, and `seconds`, by phase, add up to `total_seconds`."""
+
+    prompt: int
+    index: int
+    state: Literal["waiting", "running", "finished"]
+    finish_reason: str | None
+    created: float
+    total_seconds: float
+    seconds: dict[str, float]
+    waited_for: dict[str, float]  # of the time in the queue
+    time_to_first_token_seconds: float | None
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int | None
+    num_steps: int
+    batch_size: BatchSizes | None
+    num_prefill_chunks: int
+    prefill_chunks: list[PrefillChunk]
+    num_preemptions: int
+    preemptions: list[Preemption]
+    num_worker_deaths: int
+    accepted_draft_tokens: int
+    gap_seconds: Gaps
+    unread_seconds: float  # that the client left news unread
+    num_stalls: int
+    stalls: list[Stall]
+
+
+class RequestDescription(msgspec.Struct):
+    """What became of a request, and where its time went."""
+
+    id: str
+    object: Literal["request"]
+    state: Literal["waiting", "running", "finished"]
+    answers: list[AnswerDescription]
 
 
 class KServeErrorReply(msgspec.Struct):

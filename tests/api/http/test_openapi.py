@@ -3,8 +3,10 @@
 import asyncio
 
 import jsonschema
+import msgspec
 import pytest
 
+from servd.api.http import dialect_reply_types, reply_types
 from servd.api.http.app import discover_routes
 from servd.api.http.openapi import Endpoint, document
 from servd.api.http.schema import ChatCompletionRequest
@@ -119,3 +121,25 @@ def test_a_body_is_taken_just_where_the_document_says_so(tmp_path):
         validator = jsonschema.Draft202012Validator({"components": spec["components"]} | schema)
         problems = [error.message for error in validator.iter_errors({"model": "fake"} | body)]
         assert (reply.status, not problems) == (status, status == 200), (path, body, reply.body, problems)
+
+
+def test_what_is_told_of_a_request_a_message_and_a_deleted_response_is_as_documented(tmp_path):
+    async def main():
+        async with serve(tmp_path) as served:
+            message = await served.post("/v1/messages", {"model": "fake", "messages": [MESSAGE], "max_tokens": 4})
+            response = await served.post("/v1/responses", {"input": "x", "max_output_tokens": 4})
+            counted = await served.post("/v1/responses/input_tokens", {"input": "x"})
+            name = message.json()["id"]
+            deleted = await served.request("DELETE", f"/v1/responses/{response.json()['id']}")
+            return [
+                (message, dialect_reply_types.AnthropicMessage),
+                (counted, dialect_reply_types.ResponseInputTokens),
+                (deleted, dialect_reply_types.DeletedResponse),
+                (await served.request("GET", f"/v1/requests/{name}"), reply_types.RequestDescription),
+                (await served.request("GET", "/v1/requests"), reply_types.RequestList),
+            ]
+
+    for reply, expected in asyncio.run(main()):
+        assert reply.status == 200, reply.body
+        parsed = msgspec.json.decode(reply.body, type=expected)
+        assert msgspec.to_builtins(parsed) == reply.json()  # no field is missing, none is untold

@@ -19,12 +19,12 @@ from servd.api.http.anthropic.blocks import template_messages
 from servd.api.http.anthropic.schema import Conversation, CountTokensRequest, MessagesRequest
 from servd.api.http.context import SERVICE
 from servd.api.http.decode import decode_body, read_body
+from servd.api.http.dialect_reply_types import AnthropicErrorReply, AnthropicMessage, InputTokens
 from servd.api.http.errors import as_servd_error
 from servd.api.http.event_stream import send_events
 from servd.api.http.generation import start_streams
 from servd.api.http.openapi import GENERATES, Endpoint, Operation
 from servd.api.http.replies import json_reply
-from servd.api.http.reply_types import AnthropicErrorReply, InputTokens
 from servd.api.http.resumable_streams import EventSource
 from servd.api.http.schema import renamed
 from servd.api.service import InferenceService
@@ -158,7 +158,7 @@ ROUTES = [
     Endpoint(
         "POST", "/v1/messages", create_message,
         Operation(
-            "Answer, in Anthropic's dialect", body=MessagesRequest, reply=dict[str, Any], events=dict[str, Any],
+            "Answer, in Anthropic's dialect", body=MessagesRequest, reply=AnthropicMessage, events=dict[str, Any],
             errors=GENERATES, error=AnthropicErrorReply,
         ),
     ),

@@ -5,14 +5,12 @@ Knows nothing of how it is found out.
 
 from __future__ import annotations
 
-from typing import Any
-
 from aiohttp import web
 
 from servd.api.http.context import SERVICE
 from servd.api.http.openapi import Endpoint, Operation
 from servd.api.http.replies import json_reply
-from servd.api.http.reply_types import RequestList
+from servd.api.http.reply_types import RequestDescription, RequestList
 from servd.engine.request_log import MAX_FINISHED
 from servd.errors import InvalidRequestError, NotFoundError
 
@@ -51,6 +49,6 @@ ROUTES = [
     ),
     Endpoint(
         "GET", "/v1/requests/{id}", retrieve_request,
-        Operation("Why a request was slow", reply=dict[str, Any], errors=(NotFoundError,)),
+        Operation("Why a request was slow", reply=RequestDescription, errors=(NotFoundError,)),
     ),
 ]  # fmt: skip

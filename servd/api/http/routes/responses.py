@@ -19,6 +19,7 @@ from servd.api.chat.plan import ChatPlan, encode_call, plan_chat
 from servd.api.http.answer_parts import AnswerParts, in_words_of, num_tokens
 from servd.api.http.context import CALLER, RESPONSES, SERVICE
 from servd.api.http.decode import decode_body, read_body
+from servd.api.http.dialect_reply_types import DeletedResponse, ResponseInputTokens
 from servd.api.http.errors import as_servd_error
 from servd.api.http.event_stream import send_events, send_pieces
 from servd.api.http.generation import start_streams
@@ -302,6 +303,7 @@ async def list_input_items(request: web.Request) -> web.Response:
 
 
 _ONE = Operation("A kept response", reply=dict[str, Any], errors=(NotFoundError,))
+_DELETED = Operation("Forget a response", reply=DeletedResponse, errors=(NotFoundError,))
 
 ROUTES = [
     Endpoint(
@@ -313,10 +315,10 @@ ROUTES = [
     ),
     Endpoint(
         "POST", "/v1/responses/input_tokens", count_input_tokens,
-        Operation("Count the tokens of a call", body=ResponseRequest, reply=dict[str, Any], errors=GENERATES),
+        Operation("Count the tokens of a call", body=ResponseRequest, reply=ResponseInputTokens, errors=GENERATES),
     ),
     Endpoint("GET", "/v1/responses/{response_id}", retrieve_response, _ONE),
-    Endpoint("DELETE", "/v1/responses/{response_id}", delete_response, _ONE),
+    Endpoint("DELETE", "/v1/responses/{response_id}", delete_response, _DELETED),
     Endpoint("POST", "/v1/responses/{response_id}/cancel", cancel_response, _ONE),
     Endpoint("GET", "/v1/responses/{response_id}/input_items", list_input_items, _ONE),
 ]  # fmt: skip
