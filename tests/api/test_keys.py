@@ -110,7 +110,7 @@ def test_the_file_is_read_again_and_limits_go_on(
     limits.begin(80, 1)
     write_keys(file, {"max_concurrent": 2, "tokens_per_minute": 90, "tenant": "moved"})
     assert ring.caller([KEY]).tenant == "moved" and ring.caller([KEY]).limits is limits
-    with pytest.raises(RateLimitedError, match="90 a minute, of which 1[01] are left"):
+    with pytest.raises(RateLimitedError, match=r"90 a minute, of which 1\d are left"):
         limits.begin(20, 1)
     for broken in ("{", None):
         if broken is None:
@@ -120,7 +120,8 @@ def test_the_file_is_read_again_and_limits_go_on(
         caplog.clear()
         for _ in range(3):
             assert ring.caller([KEY]).tenant == "moved"
-        assert [record.levelname for record in caplog.records] == ["ERROR"]
+        told = [record.levelname for record in caplog.records if record.name == access.logger.name]
+        assert told == ["ERROR"]
     file.write_text("")
     with pytest.raises(AuthenticationError):
         ring.caller([KEY])
