@@ -6,7 +6,6 @@ Fault 44: plain HTTP on the TLS port, TLS 1.0, rotated certificates. Needs the o
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -147,7 +146,6 @@ def test_certificates_are_read_again_when_they_change(
     tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("servd.api.http.app.RELOAD_SECONDS", 0.01)
-    monkeypatch.setattr(logging.getLogger("servd"), "propagate", True)
     cert, key = authority.issue("server", serial=0xA1)
     context = client_context(authority)
 

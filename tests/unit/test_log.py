@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,17 +12,12 @@ from servd.log import setup_logging
 
 
 @pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+def shown(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What the log writes to stderr."""
-    loggers = [logging.getLogger(name) for name in ("servd", "servd_kernels")]
-    before = [(log, log.handlers, log.level, log.propagate) for log in loggers]
     stderr = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
     setup_logging("info")
-    yield stderr
-    for log, handlers, level, propagate in before:
-        log.handlers, log.propagate = handlers, propagate
-        log.setLevel(level)
+    return stderr
 
 
 def test_control_characters_are_escaped(shown: io.StringIO) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from pathlib import Path
 
 import pytest
@@ -160,9 +159,7 @@ def test_models_with_slashes_in_their_name_can_be_retrieved(tmp_path: Path) -> N
     asyncio.run(main())
 
 
-def test_one_log_line_a_request_without_prompt_or_key(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_log_line_a_request_without_prompt_or_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     async def main() -> None:
         async with serve(tmp_path, server=WITH_KEY) as server:
             headers = {"Authorization": f"Bearer {KEY}", "X-Request-Id": "id-1"}
@@ -170,9 +167,6 @@ def test_one_log_line_a_request_without_prompt_or_key(
             await server.request("GET", "/x%0d%0aFORGED%1b[2J", headers=headers)
             await server.raw(b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
 
-    log = logging.getLogger("servd")
-    for name, value in (("handlers", []), ("level", logging.NOTSET), ("propagate", True)):
-        monkeypatch.setattr(log, name, value)  # put back what setup_logging changes
     setup_logging("info")
     asyncio.run(main())
     lines = capsys.readouterr().err.splitlines()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,9 +86,7 @@ async def send_everywhere(server: Served, text: str) -> int:
     return len(calls) + 1
 
 
-def test_strings_do_no_harm_anywhere(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_strings_do_no_harm_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     opened: list[str] = []
     watching = True
 
@@ -111,9 +108,6 @@ def test_strings_do_no_harm_anywhere(
             assert all(line.isprintable() and line[:2].isdigit() and "servd." in line for line in lines), "forged"
             assert len(lines) <= num_calls * 2
 
-    log = logging.getLogger("servd")
-    for name, value in (("handlers", []), ("level", logging.NOTSET), ("propagate", True)):
-        monkeypatch.setattr(log, name, value)  # put back what setup_logging changes
     setup_logging("info")
     sys.addaudithook(audit)
     try:

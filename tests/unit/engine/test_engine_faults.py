@@ -117,7 +117,7 @@ def test_the_request_whose_decode_steps_kill_workers_is_found(tmp_path):
     assert isinstance(bad.error, RequestFailedError)
 
 
-def test_every_caller_hears_of_a_broken_invariant_and_the_log_says_where(tmp_path, caplog, monkeypatch):
+def test_every_caller_hears_of_a_broken_invariant_and_the_log_says_where(tmp_path, caplog):
     async def main():
         async with FakeEngine(tmp_path, executor_options={"step_delay": 0.002}) as fake:
             params = SamplingParams(max_tokens=1000)
@@ -130,7 +130,6 @@ def test_every_caller_hears_of_a_broken_invariant_and_the_log_says_where(tmp_pat
             await fake.engine.wait_dead()
             return outputs
 
-    monkeypatch.setattr(logging.getLogger("servd"), "propagate", True)
     with caplog.at_level(logging.ERROR, "servd.engine"):
         outputs = asyncio.run(main())
     assert [output.finish_reason for output in outputs] == [FinishReason.ERROR] * 3
