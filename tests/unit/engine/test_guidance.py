@@ -255,9 +255,9 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_schema_that_cannot_be_served_is_refused_soon(name, checker):
-    began = time.monotonic()
+    began = time.process_time()
     refusal(checker, guidance.from_json_schema(REFUSED[name]))
-    assert time.monotonic() - began < 2  # a bound, no measurement: FAULTS row 20
+    assert time.process_time() - began < 2  # a bound, no measurement: FAULTS row 20; of all threads, not of others
 
 
 @pytest.mark.parametrize(
@@ -273,9 +273,9 @@ def test_a_schema_that_cannot_be_served_is_refused_soon(name, checker):
     ids=lambda text: text[:40],
 )  # fmt: skip
 def test_a_grammar_that_cannot_be_served_is_refused_soon(text, checker):
-    began = time.monotonic()
+    began = time.process_time()
     refusal(checker, text)
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_a_regex_that_no_utf_8_can_hold_is_refused():
@@ -285,12 +285,12 @@ def test_a_regex_that_no_utf_8_can_hold_is_refused():
 
 @pytest.mark.parametrize("pattern", ["(a+)+b", "(a|aa){1,5000}", "(.*a.{25}|.*b.{27})", "((a{1,100}){1,100}){1,100}"])
 def test_a_regex_bomb_is_judged_soon(pattern, checker):
-    began = time.monotonic()
+    began = time.process_time()
     try:
         asyncio.run(checker.check(guidance.from_regex(pattern), "guided_regex"))
     except InvalidRequestError as error:
         assert error.param == "guided_regex"
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_a_schema_too_deep_to_be_written_down_is_refused(checker):
