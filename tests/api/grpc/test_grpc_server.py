@@ -37,12 +37,11 @@ def test_health_follows_the_engine(service: str, tmp_path: Path) -> None:
     async def test() -> None:
         async with served(tmp_path) as s:
             assert await health_of(s, service) == Health.SERVING
-            s.fake.engine.state = "starting"
-            await asyncio.sleep(0.7)
-            assert await health_of(s, service) == Health.NOT_SERVING
-            s.fake.engine.state = "ready"
-            await asyncio.sleep(0.7)
-            assert await health_of(s, service) == Health.SERVING
+            for state, status in (("starting", Health.NOT_SERVING), ("ready", Health.SERVING)):
+                s.fake.engine.state = state
+                async with asyncio.timeout(30):
+                    while await health_of(s, service) != status:
+                        await asyncio.sleep(0.02)
             await s.server.report_not_serving()
             assert await health_of(s, service) == Health.NOT_SERVING
             assert len(await text_of(s.generate(max_tokens=2))) == 2
