@@ -226,6 +226,17 @@ def test_the_keys_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert KeyRing(None, file).caller([key]).name == "solo"
 
 
+def test_a_key_is_added_to_a_file_whose_last_line_is_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "keys.jsonl"
+    assert main(["keys", "new", "--name", "ann"]) == 0
+    ann, entry = capsys.readouterr().out.splitlines()
+    file.write_text(entry)  # as an editor may leave it
+    assert main(["keys", "new", "--name", "bob", "--file", str(file)]) == 0
+    bob = capsys.readouterr().out.strip()
+    ring = KeyRing(None, file)
+    assert [ring.caller([key]).name for key in (ann, bob)] == ["ann", "bob"]
+
+
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [
