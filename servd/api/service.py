@@ -99,6 +99,12 @@ class InferenceService:
         encode = partial(self.engine.inputs.encode_prompt, add_special_tokens=add_special_tokens, param=param)
         return await self.engine.run_in_thread(encode, prompt)
 
+    def num_kept_tokens(self, asked: int | None, max_tokens: int | None) -> int | None:
+        """How many of a prompt's last tokens are kept; None: all. Asked for -1: what leaves room for the answer."""
+        if asked != -1:
+            return asked
+        return max(self.engine.max_model_len - (1 if max_tokens is None else max_tokens), 1)
+
     async def encode_chat(
         self,
         messages: list[dict[str, Any]],

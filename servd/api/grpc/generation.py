@@ -46,10 +46,8 @@ class GenerationCalls(pb_grpc.InferenceServicer):
             params = self._params(request.sampling_params, DEFAULT_MAX_TOKENS)
             params, param = convert.with_guidance(params, request.sampling_params)
             await self.service.engine.check_guidance(params, param=param)
-            limit, kept = self.service.engine.max_model_len, convert.kept_tokens_from(request)
-            if kept == -1:
-                kept = max(limit - (params.max_tokens or 0), 1)
-            field, prompt = convert.prompt_from(request, "prompt", limit, kept=kept)
+            kept = self.service.num_kept_tokens(convert.kept_tokens_from(request), params.max_tokens)
+            field, prompt = convert.prompt_from(request, "prompt", self.service.engine.max_model_len, kept=kept)
             add_special_tokens = convert.or_true(request, "add_special_tokens")
             token_ids = await self.service.encode_prompt(prompt, add_special_tokens=add_special_tokens, param=field)
             if kept is not None:
