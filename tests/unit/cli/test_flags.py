@@ -43,7 +43,7 @@ def test_help_shows_each_field_with_help_unit_and_default(
     assert "default" in field.metadata["help"] + notes
     assert field.metadata.get("unit", "") in notes
     if field.default is not None and not isinstance(field.default, bool):
-        assert f"default: {field.default}" in notes
+        assert f"default: {'none' if field.default == '' else field.default}" in notes
 
 
 @pytest.mark.parametrize("section", SECTIONS)
