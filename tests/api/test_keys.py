@@ -120,8 +120,9 @@ def test_the_file_is_read_again_and_limits_go_on(
         caplog.clear()
         for _ in range(3):
             assert ring.caller([KEY]).tenant == "moved"
-        told = [record.levelname for record in caplog.records if record.name == access.logger.name]
-        assert told == ["ERROR"]
+        # By identity: where an earlier test set logging up, pytest listens to servd's own logger and to the root.
+        told = {id(record): record.levelname for record in caplog.records if record.name == access.logger.name}
+        assert list(told.values()) == ["ERROR"]
     file.write_text("")
     with pytest.raises(AuthenticationError):
         ring.caller([KEY])
