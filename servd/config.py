@@ -14,6 +14,7 @@ from servd.errors import ConfigError
 from servd.sampling_params import POOLINGS
 
 GIB = 1 << 30
+DAY_SECONDS = 86_400
 MAX_DRAFTS = 32  # guesses in a step; on no machine seen do so many pay for themselves
 QUANTIZATIONS = ("auto", "none", "stored", "w8a8", "w4a8", "w4a16", "int8")
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8", "int4")
@@ -240,6 +241,10 @@ def check_limits(config: ServerConfig) -> None:
         ("max_request_line", 256, 1 << 20),
         ("max_header_bytes", 256, 1 << 20),
         ("max_headers", 10, 10_000),
+        ("resume_buffer_bytes", 1024, 1 << 40),
+        ("sse_keep_alive", 0, DAY_SECONDS),  # a NaN is in no range
+        ("resume_seconds", 0, DAY_SECONDS),
+        ("shutdown_grace", 0, DAY_SECONDS),
     ):
         value = getattr(config, name)
         _require(f"--{name.replace('_', '-')}", value, low <= value <= high, f"{low} to {high}")

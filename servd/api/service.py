@@ -6,6 +6,7 @@ Owns the model's name and request ids. Knows nothing of JSON, protobuf, SSE or s
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from servd.sampling_params import SamplingParams
 
 MAX_TOKENIZE_CHARS = 1 << 20  # of a text that need not fit the context
 MAX_DETOKENIZE_TOKENS = 1 << 18
+REQUEST_ID_SHAPE = re.compile(r"[A-Za-z0-9._-]{1,128}")  # of one that a client gives: it goes to logs and headers
 
 # Not an argument, so that every dialect's requests are found by it.
 _call_id: ContextVar[str] = ContextVar("servd_call_id", default="")
@@ -96,6 +98,12 @@ class InferenceService:
             await self._check_fits(len(prompt), param)
         encode = partial(self.engine.inputs.encode_prompt, add_special_tokens=add_special_tokens, param=param)
         return await self.engine.run_in_thread(encode, prompt)
+
+    def num_kept_tokens(self, asked: int | None, max_tokens: int | None) -> int | None:
+        """How many of a prompt's last tokens are kept; None: all. Asked for -1: what leaves room for the answer."""
+        if asked != -1:
+            return asked
+        return max(self.engine.max_model_len - (1 if max_tokens is None else max_tokens), 1)
 
     async def encode_chat(
         self,

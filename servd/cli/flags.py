@@ -67,7 +67,7 @@ def help_text(field: dataclasses.Field[Any], default: Any) -> str:
     unit = field.metadata.get("unit")
     notes = [unit] if unit else []
     if default is not None:
-        shown = ("on" if default else "off") if isinstance(default, bool) else default
+        shown = ("on" if default else "off") if isinstance(default, bool) else "none" if default == "" else default
         notes.append(f"default: {shown}")
     elif "default" not in text:
         notes.append("default: none")

@@ -91,7 +91,10 @@ def _moment(text: str) -> datetime:
 
 
 def _append(path: Path, line: str) -> None:
-    """Add a line, in one write: a server may read the file at any moment. Raises ConfigError."""
+    """Add a line, in one write: a server may read the file at any moment. Raises ConfigError.
+
+    What an editor left without a newline at its end gets one first, or the new entry would spoil the last one.
+    """
     from servd.api.keys import read_keys
 
     if path.suffix == ".toml":
@@ -99,6 +102,8 @@ def _append(path: Path, line: str) -> None:
     if path.exists() and any(f'"name":"{entry.name}"' in line for entry in read_keys(path)):
         raise ConfigError(f"{path} has a key of that name already")
     try:
+        if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+            line = "\n" + line
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "ab") as file:
             file.write(line.encode())

@@ -57,10 +57,7 @@ async def encode_call(service: InferenceService, call: ChatCall) -> list[int]:
         template_kwargs=_template_kwargs(call, formats),
         tools=template_tools(shown_tools) if shown_tools and formats.template_knows_tools else None,
     )
-    kept = call.truncate_prompt_tokens
-    if kept == -1:
-        max_tokens = call.params.max_tokens
-        kept = max(service.engine.max_model_len - (1 if max_tokens is None else max_tokens), 1)
+    kept = service.num_kept_tokens(call.truncate_prompt_tokens, call.params.max_tokens)
     return token_ids if kept is None else token_ids[-kept:]
 
 

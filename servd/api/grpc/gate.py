@@ -6,7 +6,6 @@ Knows nothing of what calls do; prompts never reach the log. Health and reflecti
 from __future__ import annotations
 
 import logging
-import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -20,7 +19,7 @@ from google.protobuf.message import DecodeError
 
 from servd.api.access import KeyRing, count_request, current_caller, set_caller
 from servd.api.grpc.status import Context, abort_with
-from servd.api.service import set_call_id
+from servd.api.service import REQUEST_ID_SHAPE, set_call_id
 from servd.errors import InvalidRequestError, ServdError
 
 PROBES = (  # they carry no key
@@ -44,7 +43,6 @@ MAX_OFFERED_KEYS = 4  # each unknown one is compared with all of the key file
 OWN_METHODS = ("/servd.v1.", "/inference.")
 REQUEST_ID_KEY = "x-request-id"
 
-_REQUEST_ID_SHAPE = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _log = logging.getLogger("servd.grpc")
 
 Metadata = Sequence[tuple[str, str | bytes]] | None
@@ -77,7 +75,7 @@ def _offered_keys(metadata: Metadata) -> list[str]:
 
 def _offered_request_id(metadata: Metadata) -> str:
     offered = next((value for name, value in metadata or () if name == REQUEST_ID_KEY), "")
-    harmless = isinstance(offered, str) and _REQUEST_ID_SHAPE.fullmatch(offered)
+    harmless = isinstance(offered, str) and REQUEST_ID_SHAPE.fullmatch(offered)
     return str(offered) if harmless else uuid.uuid4().hex
 
 

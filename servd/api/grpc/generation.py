@@ -5,7 +5,6 @@ Owns a stream's life: deadline, cancellation, a client that does not read. Knows
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from contextlib import aclosing
 
@@ -19,12 +18,11 @@ from servd.api.grpc._pb.servd.v1 import inference_pb2_grpc as pb_grpc
 from servd.api.grpc.chunks import ChunkWriter
 from servd.api.grpc.status import Context, errors_as_status
 from servd.api.grpc.writing import TimedWriter
-from servd.api.service import InferenceService
+from servd.api.service import REQUEST_ID_SHAPE, InferenceService
 from servd.errors import InvalidRequestError
 from servd.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = SamplingParams().max_tokens  # of Generate; Chat goes on to the end of the context
-_REQUEST_ID_SHAPE = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class GenerationCalls(pb_grpc.InferenceServicer):
@@ -48,10 +46,8 @@ class GenerationCalls(pb_grpc.InferenceServicer):
             params = self._params(request.sampling_params, DEFAULT_MAX_TOKENS)
             params, param = convert.with_guidance(params, request.sampling_params)
             await self.service.engine.check_guidance(params, param=param)
-            limit, kept = self.service.engine.max_model_len, convert.kept_tokens_from(request)
-            if kept == -1:
-                kept = max(limit - (params.max_tokens or 0), 1)
-            field, prompt = convert.prompt_from(request, "prompt", limit, kept=kept)
+            kept = self.service.num_kept_tokens(convert.kept_tokens_from(request), params.max_tokens)
+            field, prompt = convert.prompt_from(request, "prompt", self.service.engine.max_model_len, kept=kept)
             add_special_tokens = convert.or_true(request, "add_special_tokens")
             token_ids = await self.service.encode_prompt(prompt, add_special_tokens=add_special_tokens, param=field)
             if kept is not None:
@@ -128,7 +124,7 @@ class GenerationCalls(pb_grpc.InferenceServicer):
     def _request_id(self, request: pb.GenerateRequest | pb.ChatRequest) -> str:
         if not request.request_id:
             return self.service.new_request_id("grpc")
-        if not _REQUEST_ID_SHAPE.fullmatch(request.request_id):
+        if not REQUEST_ID_SHAPE.fullmatch(request.request_id):
             raise InvalidRequestError(
                 f"request_id is {request.request_id[:200]!r}; allowed: 1 to 128 of A-Z a-z 0-9 . _ -",
                 param="request_id",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import re
 import time
 import uuid
 
@@ -19,14 +18,13 @@ from servd.api.http import cors
 from servd.api.http.context import ARRIVAL, CALLER, ERROR_BODIES, KEYS, PUBLIC_ROUTES, REQUEST_ID, SERVER_CONFIG
 from servd.api.http.errors import ForbiddenError, as_servd_error, error_response
 from servd.api.http.resumable_streams import LAST_EVENT_ID
-from servd.api.service import set_call_id
+from servd.api.service import REQUEST_ID_SHAPE, set_call_id
 from servd.errors import ServdError
 
 MAX_OFFERED_KEYS = 4  # each unknown one is compared with all of the file
 CLIENT_CLOSED_REQUEST = 499  # nginx's number for the log line of a client that went away
 
 _FREE_POSTS = ("/v1/responses/{response_id}/cancel", "/v2/repository/index")  # see access.count_request
-_REQUEST_ID_SHAPE = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _log = logging.getLogger("servd.http")
 
 
@@ -34,7 +32,7 @@ _log = logging.getLogger("servd.http")
 async def identify_and_log(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give the request an id (the client's own, if it is harmless) and log one line when it is over."""
     offered = request.headers.get("X-Request-Id", "")
-    request[REQUEST_ID] = offered if _REQUEST_ID_SHAPE.fullmatch(offered) else uuid.uuid4().hex
+    request[REQUEST_ID] = offered if REQUEST_ID_SHAPE.fullmatch(offered) else uuid.uuid4().hex
     request[ARRIVAL] = time.monotonic()
     request[CALLER] = ANONYMOUS
     set_call_id(request[REQUEST_ID])

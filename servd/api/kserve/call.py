@@ -118,7 +118,6 @@ def call_from(request: InferRequest, service: InferenceService) -> InferCall:
     params = settings.sampling_params(engine.tokenizer.vocab_size, engine.sampling_defaults)
     engine.check_room(params.num_sequences)
     outputs = _outputs(request.outputs, flags)
-    kept = settings.truncate_prompt_tokens
     return InferCall(
         id=request.id,
         text=text,
@@ -129,7 +128,7 @@ def call_from(request: InferRequest, service: InferenceService) -> InferCall:
         priority=settings.priority,
         timeout=None if settings.timeout is None else settings.timeout / 1e6,
         cache_salt=settings.cache_salt,
-        kept_tokens=max(engine.max_model_len - (params.max_tokens or 0), 1) if kept == -1 else kept,
+        kept_tokens=service.num_kept_tokens(settings.truncate_prompt_tokens, params.max_tokens),
         guidance_param=settings.guidance_param,
     )
 

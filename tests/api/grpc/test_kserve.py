@@ -113,6 +113,17 @@ def test_parameters_may_be_text_or_request_parameters(tmp_path: Path) -> None:
     run(test)
 
 
+def test_a_prompt_is_cut_to_what_leaves_room_for_the_answer(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with served(tmp_path, max_position_embeddings=32) as s:
+            asked = request_of(
+                "x" * 100, flags={"return_num_input_tokens": True}, truncate_prompt_tokens=-1, max_tokens=12
+            )
+            assert outputs_of(await stub_of(s).ModelInfer(asked))["num_input_tokens"] == [20]
+
+    run(test)
+
+
 def test_a_stream_gives_new_text_and_says_when_it_ends(tmp_path: Path) -> None:
     async def test() -> None:
         async with served(tmp_path, executor_options={"replies": REPLIES}) as s:

@@ -43,7 +43,7 @@ def test_help_shows_each_field_with_help_unit_and_default(
     assert "default" in field.metadata["help"] + notes
     assert field.metadata.get("unit", "") in notes
     if field.default is not None and not isinstance(field.default, bool):
-        assert f"default: {field.default}" in notes
+        assert f"default: {'none' if field.default == '' else field.default}" in notes
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -122,6 +122,11 @@ def test_a_wrong_flag_is_named(argv: list[str], expected: str) -> None:
         (["--max-request-line", "10"], "--max-request-line is 10"),
         (["--max-header-bytes", "10"], "--max-header-bytes is 10"),
         (["--max-headers", "1"], "--max-headers is 1; allowed: 10 to"),
+        (["--max-prompts", "0"], "--max-prompts is 0; allowed: 1 to 1024"),
+        (["--resume-buffer-bytes", "-5"], "--resume-buffer-bytes is -5; allowed: 1024 to"),
+        (["--sse-keep-alive", "-1"], "--sse-keep-alive is -1.0; allowed: 0 to 86400"),
+        (["--resume-seconds", "-1"], "--resume-seconds is -1.0; allowed: 0 to 86400"),
+        (["--shutdown-grace", "nan"], "--shutdown-grace is nan; allowed: 0 to 86400"),
     ],
 )
 def test_a_value_out_of_range_is_named(argv: list[str], expected: str) -> None:

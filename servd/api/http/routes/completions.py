@@ -74,9 +74,7 @@ async def _encode(
 ) -> list[int]:
     """Token ids of a prompt; of those the last ones, if it is to be cut."""
     limit = service.engine.max_model_len
-    kept = body.truncate_prompt_tokens
-    if kept == -1:
-        kept = max(limit - body.max_answer_tokens, 1)
+    kept = service.num_kept_tokens(body.truncate_prompt_tokens, body.max_answer_tokens)
     if not isinstance(prompt, str):
         if kept is not None:
             prompt = prompt[-kept:]
