@@ -173,12 +173,12 @@ class EngineCore:
     async def _recover(self, error: Exception) -> bool:
         """Replay everything after a lost step, on new workers if the old ones died. False if that is hopeless."""
         self._inflight.clear()
-        self._has_computed = False
         workers_lost = isinstance(error, WorkerDied)
         logger.error("%s: %s", "the worker is lost and is restarted" if workers_lost else "a step is replayed", error)
         self._request_log.steps_lost(workers_lost=workers_lost)
         self._on_updates(self.scheduler.recover(workers_lost=workers_lost))
         if workers_lost:
+            self._has_computed = False
             self._on_state("recovering", None)
             if not await self._restart():
                 failure = WorkerDied(f"the model workers keep dying: {error}")
