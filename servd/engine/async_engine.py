@@ -241,8 +241,7 @@ class AsyncEngine:
         count = params.n if params.use_beam_search else params.num_sequences
         self.inputs.check_beams(params, self.config.scheduler.max_num_seqs)
         self.check_room(params.num_sequences)
-        if not prompt_token_ids:
-            raise InvalidRequestError(f"{prompt_param} is empty; allowed: at least one token", param=prompt_param)
+        self.inputs.check_not_empty(prompt_token_ids, prompt_param)
         if request_id in self._families:
             raise InvalidRequestError(f"request_id is {request_id!r}, which is running", param="request_id")
         stream = ResultStream(params.n, lambda: self.abort(request_id))
@@ -327,9 +326,7 @@ class AsyncEngine:
     @property
     def pins(self) -> PrefixPins:
         """The pinned prefixes. Raises EngineUnavailableError before `start()`."""
-        if self._pins is None:
-            raise EngineUnavailableError("the engine is starting")
-        return self._pins
+        return _started(self._pins)
 
     @property
     def tokenizer(self) -> Tokenizer:

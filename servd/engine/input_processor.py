@@ -39,9 +39,13 @@ class InputProcessor:
                 kind = type(prompt).__name__
                 raise InvalidRequestError(f"{param} is {kind}; allowed: text or token ids", param=param) from None
             self.check_token_ids(token_ids, param)
+        self.check_not_empty(token_ids, param)
+        return token_ids
+
+    def check_not_empty(self, token_ids: Sequence[int], param: str) -> None:
+        """Raise unless a prompt has a token."""
         if not token_ids:
             raise InvalidRequestError(f"{param} is empty; allowed: at least one token", param=param)
-        return token_ids
 
     def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
         """Raise unless every id is one of the vocabulary, and an int: no other kind reaches a worker process."""
