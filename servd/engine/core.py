@@ -27,6 +27,7 @@ logger = logging.getLogger("servd.engine")
 step_logger = logging.getLogger("servd.steps")
 
 FIRST_STEP_FACTOR = 5  # a new worker may compile, or read weights from a cold disk, in its first step
+MAX_STEP_RECORDS = 512
 MAX_STEPS_IN_FLIGHT = 2  # one being computed, one waiting, so that the worker never waits for the planner
 
 
@@ -65,7 +66,7 @@ class EngineCore:
         log_steps: bool = False,
     ) -> None:
         self.scheduler = scheduler
-        self.step_log: deque[StepRecord] = deque(maxlen=512)
+        self.step_log: deque[StepRecord] = deque(maxlen=MAX_STEP_RECORDS)
         self._executor = executor
         self._metrics = metrics
         self._request_log = request_log
