@@ -64,7 +64,7 @@ class InputProcessor:
     def check_beams(self, params: SamplingParams, max_num_seqs: int) -> None:
         """Raise if a search has more beams than requests can run at once: some would wait in each of its steps."""
         if params.use_beam_search and params.num_sequences > max_num_seqs:
-            field = "n" if params.best_of is None else "best_of"
+            field = params.num_sequences_param
             raise InvalidRequestError(
                 f"{field} is {params.num_sequences}; allowed with use_beam_search: at most --max-num-seqs "
                 f"({max_num_seqs})",
