@@ -97,6 +97,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return self.n if self.best_of is None else self.best_of
 
     @property
+    def num_sequences_param(self) -> str:
+        """The field that says how many these are."""
+        return "n" if self.best_of is None else "best_of"
+
+    @property
     def is_constrained(self) -> bool:
         """Whether some tokens are ruled out at each step, by a mask that the worker makes while the model runs."""
         return self.guidance is not None or self.allowed_token_ids is not None or bool(self.bad_words)
@@ -143,8 +148,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                     _fail(name, repr(getattr(self, name)), f"{default!r}, unless use_beam_search is true")
             return
         if 2 * self.num_sequences > vocab_size:
-            name = "n" if self.best_of is None else "best_of"
-            _fail(name, self.num_sequences, f"at most {vocab_size // 2} beams with this vocabulary")
+            _fail(self.num_sequences_param, self.num_sequences, f"at most {vocab_size // 2} beams with this vocabulary")
         if self.max_tokens == 0:
             _fail("max_tokens", 0, "at least 1 with use_beam_search")
         for name, neutral in _NEUTRAL_FOR_BEAMS.items():

@@ -51,6 +51,7 @@ from servd.scheduler.scheduler import Scheduler
 logger = logging.getLogger("servd.engine")
 
 T = TypeVar("T")
+_ONE_ANSWER = SamplingParams()
 
 
 def with_max_model_len(config: EngineConfig, files: ModelFiles) -> EngineConfig:
@@ -240,9 +241,8 @@ class AsyncEngine:
             )
         count = params.n if params.use_beam_search else params.num_sequences
         self.inputs.check_beams(params, self.config.scheduler.max_num_seqs)
-        self.check_room(params.num_sequences)
-        if not prompt_token_ids:
-            raise InvalidRequestError(f"{prompt_param} is empty; allowed: at least one token", param=prompt_param)
+        self.check_room(params)
+        self.inputs.check_not_empty(prompt_token_ids, prompt_param)
         if request_id in self._families:
             raise InvalidRequestError(f"request_id is {request_id!r}, which is running", param="request_id")
         stream = ResultStream(params.n, lambda: self.abort(request_id))
@@ -279,16 +279,17 @@ class AsyncEngine:
         """Raise InvalidRequestError, blaming `param`, unless answers can follow the grammar that `params` may have."""
         await self.inputs.check_guidance(params, param)
 
-    def check_room(self, n: int = 1) -> None:
-        """Raise OverloadedError if `n` more answers find the queue full, EngineUnavailableError if none are taken now.
+    def check_room(self, params: SamplingParams = _ONE_ANSWER) -> None:
+        """Raise OverloadedError if such a request finds the queue full, EngineUnavailableError if none is taken now.
 
         For transports to call before they do any work on a request; `generate` asks again.
         """
         if self.state not in ("ready", "recovering"):
             raise EngineUnavailableError(f"the engine takes no requests now: it is {self.state}")
         limit, num_waiting = self.config.scheduler.max_num_queued_reqs, len(self.core.scheduler.waiting)
+        n, param = params.num_sequences, params.num_sequences_param
         if n > limit:
-            raise InvalidRequestError(f"n is {n}; allowed: at most --max-num-queued-reqs ({limit})", param="n")
+            raise InvalidRequestError(f"{param} is {n}; allowed: at most --max-num-queued-reqs ({limit})", param=param)
         if num_waiting + n > limit:
             raise OverloadedError(f"{num_waiting} requests are waiting; allowed: {limit}")
 
@@ -327,9 +328,7 @@ class AsyncEngine:
     @property
     def pins(self) -> PrefixPins:
         """The pinned prefixes. Raises EngineUnavailableError before `start()`."""
-        if self._pins is None:
-            raise EngineUnavailableError("the engine is starting")
-        return self._pins
+        return _started(self._pins)
 
     @property
     def tokenizer(self) -> Tokenizer:

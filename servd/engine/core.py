@@ -27,6 +27,7 @@ logger = logging.getLogger("servd.engine")
 step_logger = logging.getLogger("servd.steps")
 
 FIRST_STEP_FACTOR = 5  # a new worker may compile, or read weights from a cold disk, in its first step
+MAX_STEP_RECORDS = 512
 MAX_STEPS_IN_FLIGHT = 2  # one being computed, one waiting, so that the worker never waits for the planner
 
 
@@ -65,7 +66,7 @@ class EngineCore:
         log_steps: bool = False,
     ) -> None:
         self.scheduler = scheduler
-        self.step_log: deque[StepRecord] = deque(maxlen=512)
+        self.step_log: deque[StepRecord] = deque(maxlen=MAX_STEP_RECORDS)
         self._executor = executor
         self._metrics = metrics
         self._request_log = request_log
@@ -173,12 +174,12 @@ class EngineCore:
     async def _recover(self, error: Exception) -> bool:
         """Replay everything after a lost step, on new workers if the old ones died. False if that is hopeless."""
         self._inflight.clear()
-        self._has_computed = False
         workers_lost = isinstance(error, WorkerDied)
         logger.error("%s: %s", "the worker is lost and is restarted" if workers_lost else "a step is replayed", error)
         self._request_log.steps_lost(workers_lost=workers_lost)
         self._on_updates(self.scheduler.recover(workers_lost=workers_lost))
         if workers_lost:
+            self._has_computed = False
             self._on_state("recovering", None)
             if not await self._restart():
                 failure = WorkerDied(f"the model workers keep dying: {error}")

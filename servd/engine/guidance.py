@@ -110,7 +110,7 @@ class GuidanceChecker:
                 pending.add_done_callback(lambda done: self._judged(key, done))
             verdict = await asyncio.shield(pending)
         else:
-            verdict = self._verdicts[key]
+            verdict = self._verdict(key)
         _raise(verdict, param)
 
     def require(self, text: str, param: str) -> None:
@@ -119,8 +119,11 @@ class GuidanceChecker:
         key = _key(text)
         if key not in self._verdicts:
             raise InvalidRequestError(f"{param}: the grammar was not checked (see check_guidance)", param=param)
+        _raise(self._verdict(key), param)
+
+    def _verdict(self, key: bytes) -> InvalidRequestError | None:
         self._verdicts.move_to_end(key)
-        _raise(self._verdicts[key], param)
+        return self._verdicts[key]
 
     def close(self) -> None:
         """Drop the checks that have not begun."""

@@ -39,9 +39,13 @@ class InputProcessor:
                 kind = type(prompt).__name__
                 raise InvalidRequestError(f"{param} is {kind}; allowed: text or token ids", param=param) from None
             self.check_token_ids(token_ids, param)
+        self.check_not_empty(token_ids, param)
+        return token_ids
+
+    def check_not_empty(self, token_ids: Sequence[int], param: str) -> None:
+        """Raise unless a prompt has a token."""
         if not token_ids:
             raise InvalidRequestError(f"{param} is empty; allowed: at least one token", param=param)
-        return token_ids
 
     def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
         """Raise unless every id is one of the vocabulary, and an int: no other kind reaches a worker process."""
@@ -60,7 +64,7 @@ class InputProcessor:
     def check_beams(self, params: SamplingParams, max_num_seqs: int) -> None:
         """Raise if a search has more beams than requests can run at once: some would wait in each of its steps."""
         if params.use_beam_search and params.num_sequences > max_num_seqs:
-            field = "n" if params.best_of is None else "best_of"
+            field = params.num_sequences_param
             raise InvalidRequestError(
                 f"{field} is {params.num_sequences}; allowed with use_beam_search: at most --max-num-seqs "
                 f"({max_num_seqs})",

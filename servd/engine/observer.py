@@ -20,7 +20,7 @@ import prometheus_client
 from servd.cache.block import KVCacheBlock
 from servd.cache.block_pool import BlockPool
 from servd.engine.async_engine import AsyncEngine
-from servd.engine.core import StepRecord
+from servd.engine.core import MAX_STEP_RECORDS, StepRecord
 from servd.errors import EngineUnavailableError, OverloadedError
 from servd.request import Request
 
@@ -322,7 +322,9 @@ def _rates(step_log: Iterable[StepRecord]) -> tuple[float, float]:
     if not window:
         return 0.0, 0.0
     # A log that is full of newer steps does not reach back so far.
-    seconds = max(now - (window[0].end_time - window[0].compute_seconds), 0.001) if len(window) >= 512 else RATE_SECONDS
+    seconds = RATE_SECONDS
+    if len(window) == MAX_STEP_RECORDS:
+        seconds = max(now - (window[0].end_time - window[0].compute_seconds), 0.001)
     prefill = sum(record.num_prefill_tokens for record in window)
     decode = sum(record.num_decode_tokens + record.num_accepted_tokens for record in window)
     return round(prefill / seconds, 2), round(decode / seconds, 2)

@@ -127,7 +127,8 @@ class PrefixPins:
         """
         if not MIN_TTL_SECONDS <= ttl_seconds <= MAX_TTL_SECONDS:
             raise InvalidRequestError(
-                f"ttl_seconds is {ttl_seconds:g}; allowed: 1 to {MAX_TTL_SECONDS:g}", param="ttl_seconds"
+                f"ttl_seconds is {ttl_seconds:g}; allowed: {MIN_TTL_SECONDS:g} to {MAX_TTL_SECONDS:g}",
+                param="ttl_seconds",
             )
         if name is not None and len(name) > MAX_NAME_CHARS:
             raise InvalidRequestError(f"name has {len(name)} characters; allowed: {MAX_NAME_CHARS}", param="name")

@@ -60,7 +60,7 @@ class ForbiddenTexts:
 
     def __init__(self, texts: Sequence[str], tokens: TokenBytes) -> None:
         self._tokens = tokens
-        self._tail = b""  # of the answer so far, as long as a begun text can be
+        self.tail = b""  # of the answer so far, as long as a begun text can be; set it to go back
         words = [text.encode() for text in texts]
         self._max_tail = max(map(len, words)) - 1
         self._always = np.zeros(tokens.num_words, np.int32)
@@ -72,24 +72,15 @@ class ForbiddenTexts:
                 if len(ids):
                     self._begun.setdefault(word[length - 1], []).append((word[:length], ids))
 
-    @property
-    def tail(self) -> bytes:
-        """What is remembered of the answer; set it to go back."""
-        return self._tail
-
-    @tail.setter
-    def tail(self, value: bytes) -> None:
-        self._tail = value
-
     def consume(self, token_ids: Sequence[int]) -> None:
         """The answer goes on with these tokens."""
-        data = self._tail + b"".join([self._tokens.tokens[i] for i in token_ids])
-        self._tail = data[max(len(data) - self._max_tail, 0) :]
+        data = self.tail + b"".join([self._tokens.tokens[i] for i in token_ids])
+        self.tail = data[max(len(data) - self._max_tail, 0) :]
 
     def forbid(self, mask: Int32s) -> None:
         """Clear the bits of `mask` [num_words] whose tokens would complete a text now."""
         mask &= ~self._always
-        if self._tail:
-            for beginning, ids in self._begun.get(self._tail[-1], []):
-                if self._tail.endswith(beginning):
+        if self.tail:
+            for beginning, ids in self._begun.get(self.tail[-1], []):
+                if self.tail.endswith(beginning):
                     mask &= ~mask_of(ids, len(mask))

@@ -36,7 +36,7 @@ class GenerationCalls(pb_grpc.InferenceServicer):
     def _params(self, message: pb.SamplingParams, max_tokens: int | None) -> SamplingParams:
         """Settings of a call for which there is room in the queue."""
         params = convert.sampling_params_from(message, self.service.engine.sampling_defaults, max_tokens=max_tokens)
-        self.service.engine.check_room(params.num_sequences)
+        self.service.engine.check_room(params)
         return params
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:

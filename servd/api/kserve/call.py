@@ -116,7 +116,7 @@ def call_from(request: InferRequest, service: InferenceService) -> InferCall:
     settings = settings_from(_merged(given))
     engine = service.engine
     params = settings.sampling_params(engine.tokenizer.vocab_size, engine.sampling_defaults)
-    engine.check_room(params.num_sequences)
+    engine.check_room(params)
     outputs = _outputs(request.outputs, flags)
     return InferCall(
         id=request.id,

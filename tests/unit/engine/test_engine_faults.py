@@ -145,3 +145,50 @@ def test_a_worker_that_dies_idle_is_replaced_before_anybody_asks(tmp_path):
         return fake.executor.num_starts, output.finish_reason
 
     assert run(tmp_path, scenario) == (2, FinishReason.LENGTH)
+
+
+def test_new_workers_get_longer_for_their_first_step_and_old_ones_do_not(tmp_path):
+    """A restarted worker compiles and reads weights like the first; one that only failed a step has done so."""
+    limit, failures = 1000.0, iter([])
+
+    def fail(plan):
+        for failure in failures:
+            raise failure
+
+    async def patience(fake):
+        """Seconds that a step in flight has now."""
+        await fake.wait_until(lambda: fake.engine.core._patience() is not None)
+        return fake.engine.core._patience()
+
+    async def scenario(fake):
+        nonlocal failures
+        fake.executor.gate.clear()
+        task = asyncio.create_task(answer(fake, "first"))
+        found = [await patience(fake)]
+        fake.executor.gate.set()
+        await task
+        for failure in (RuntimeError("out of luck"), WorkerDied("killed")):
+            fake.executor.gate.clear()
+            task = asyncio.create_task(answer(fake, "again"))
+            found.append(await patience(fake))
+            lost = asyncio.Event()
+            report = fake.engine.request_log.steps_lost
+
+            def note(*, workers_lost, lost=lost, report=report):
+                fake.executor.gate.clear()
+                lost.set()
+                report(workers_lost=workers_lost)
+
+            fake.engine.request_log.steps_lost = note
+            failures = iter([failure])
+            fake.executor.gate.set()
+            await lost.wait()
+            found.append(await patience(fake))
+            fake.engine.request_log.steps_lost = report
+            fake.executor.gate.set()
+            await task
+        return found
+
+    settings = {"settings": {"step_timeout": limit}, "executor_options": {"on_step": fail}}
+    found = run(tmp_path, scenario, **settings)
+    assert [seconds > limit for seconds in found] == [True, False, False, False, True]

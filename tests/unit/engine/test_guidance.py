@@ -331,6 +331,20 @@ def test_verdicts_are_bounded_and_refusals_are_remembered(checker):
     asyncio.run(main())
 
 
+def test_a_grammar_that_was_checked_again_is_not_forgotten_before_it_is_used(checker, monkeypatch):
+    monkeypatch.setattr(guidance, "MAX_VERDICTS", 2)
+    first, second, third = (guidance.from_choice([text]) for text in ("one", "two", "three"))
+
+    async def main():
+        for text in (first, second, first, third):
+            await checker.check(text, "guided_choice")
+        checker.require(first, "guided_choice")
+        with pytest.raises(InvalidRequestError, match="was not checked"):
+            checker.require(second, "guided_choice")
+
+    asyncio.run(main())
+
+
 def test_too_many_checks_at_once_are_turned_away(checker):
     async def main():
         texts = [guidance.from_choice([f"text {i}"]) for i in range(MAX_PENDING + 5)]

@@ -112,10 +112,11 @@ def test_the_wrong_prompt_of_many_is_named(llm: LLM, wrong: object) -> None:
     assert caught.value.param == "prompts[2]"
 
 
-def test_more_answers_than_the_queue_takes_are_refused_by_name(llm: LLM) -> None:
-    with pytest.raises(InvalidRequestError, match="max-num-queued-reqs") as caught:
-        llm.generate("a", SamplingParams(n=9, max_tokens=1))
-    assert caught.value.param == "n"
+@pytest.mark.parametrize("field", ["n", "best_of"])
+def test_more_answers_than_the_queue_takes_are_refused_by_name(llm: LLM, field: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^{field} is 9; .*max-num-queued-reqs") as caught:
+        llm.generate("a", SamplingParams(max_tokens=1, **{field: 9}))
+    assert caught.value.param == field
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from servd.engine import result_stream
 from servd.engine.request_log import MAX_FINISHED, RequestLog, UnknownRequestError
+from servd.engine.result_stream import ResultStream
+from servd.outputs import RequestOutput, ScheduledRequests, SchedulerOutput
 from servd.request import FinishReason, Request
 from servd.sampling_params import SamplingParams
 from tests.fakes import FakeEngine
@@ -342,3 +345,27 @@ def test_what_nobody_will_fetch_is_not_counted_as_unread(tmp_path: Path) -> None
         assert record(fake, "r") == first
 
     run(tmp_path, scenario)
+
+
+def test_steps_without_a_result_are_not_remembered() -> None:
+    log = RequestLog()
+    for step_id in range(2):
+        plan = SchedulerOutput(step_id, [], ScheduledRequests([], [], [], [], []), [], [], [])
+        log.planned(plan, "next_step")
+    log.steps_lost(workers_lost=False)
+    assert not log._submitted
+
+
+def test_what_was_unread_when_a_stream_is_closed_is_told_and_no_longer_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> list[tuple[int, float, float]]:
+        told: list[tuple[int, float, float]] = []
+        stream = ResultStream(2, lambda: None)
+        stream.on_unread = lambda *unread: told.append(unread)
+        for index, now in enumerate((10.0, 12.5)):
+            monkeypatch.setattr(result_stream.time, "monotonic", lambda now=now: now)
+            stream.put(RequestOutput("r", index, text="x"))
+        await stream.aclose()
+        assert stream.unread_since(0) is None and stream.unread_since(1) is None
+        return told
+
+    assert asyncio.run(main()) == [(0, 10.0, 2.5)]

@@ -37,7 +37,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     body.check()
     params = body.to_sampling_params(service.engine.tokenizer.vocab_size, service.engine.sampling_defaults)
     call = body.to_call(params)
-    service.engine.check_room(params.num_sequences)
+    service.engine.check_room(params)
     plan = await plan_chat(service, call)
     request_id = service.new_request_id("chatcmpl")
     with renamed("max_tokens", body.max_tokens_field), renamed("guidance", plan.guidance_param):

@@ -36,7 +36,7 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     service.check_model(body.model)
     body.check()
     params = body.to_sampling_params(service.engine.tokenizer.vocab_size, service.engine.sampling_defaults)
-    service.engine.check_room(params.num_sequences)
+    service.engine.check_room(params)
     if (form := answer_format(body)) is not None:
         await service.engine.check_guidance(params, param=form.param)
     prompts = body.prompts(request.app[SERVER_CONFIG].max_prompts)
