@@ -1,6 +1,7 @@
 """/openapi.json says what every endpoint takes and answers, and says it truly."""
 
 import asyncio
+import json
 import re
 
 import jsonschema
@@ -156,3 +157,23 @@ def test_a_get_is_refused_with_a_parameter_that_the_document_does_not_name(tmp_p
 
     assert {"/v1/models", "/v1/prefixes", "/v1/streams/x", "/v1/responses/x"} <= set(paths)
     assert asyncio.run(main()) == [(400, "unheard")] * len(paths)
+
+
+def test_as_many_tools_are_taken_as_the_document_says(tmp_path):
+    asked = {"model": "fake", "max_tokens": 1, "messages": [{"role": "user", "content": "x"}]}
+    calls = {
+        "/v1/chat/completions": asked | {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        "/v1/responses": {"input": "x", "tools": [{"type": "function", "name": "f"}]},
+        "/v1/messages": asked | {"tools": [{"name": "f", "input_schema": {"type": "object"}}]},
+    }
+
+    async def main():
+        async with serve(tmp_path) as served:
+            too_many = [(path, body | {"tools": body["tools"] * 257}) for path, body in calls.items()]
+            return [(await served.post(path, body)).json() for path, body in too_many]
+
+    for reply in asyncio.run(main()):
+        assert reply["error"]["message"] == "tools has 257 entries; allowed: at most 256"
+    schemas = document(ENDPOINTS)["components"]["schemas"]
+    for name in ("ChatCompletionRequest", "ResponseRequest", "MessagesRequest"):
+        assert 'maxItems": 256' in json.dumps(schemas[name]["properties"]["tools"])
