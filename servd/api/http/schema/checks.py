@@ -78,6 +78,25 @@ def check_neutral(prefix: str, values: Mapping[str, Any], neutral: Mapping[str, 
             )
 
 
+def one_or_many(field: str, given: str | list[str | int | list[int]], high: int) -> list[str | list[int]]:
+    """The texts or token ids of a field, one to `high`. Raises InvalidRequestError for an empty or mixed list."""
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise InvalidRequestError(f"{field} is an empty list; allowed: at least one {field} or token", param=field)
+    kinds = set(map(type, given))
+    if len(kinds) > 1:
+        raise InvalidRequestError(
+            f"{field} is a list of mixed kinds; allowed: all strings, all token ids, or all lists of token ids",
+            param=field,
+        )
+    if kinds == {int}:
+        return [given]  # type: ignore[list-item]  # all of them are ints
+    if len(given) > high:
+        raise InvalidRequestError(f"{field} has {len(given)} {field}s; allowed: at most {high}", param=field)
+    return given  # type: ignore[return-value]  # no ints among them
+
+
 def shown(value: Any) -> str:
     text = msgspec.json.encode(value).decode()
     return text if len(text) <= 80 else f"{text[:77]}..."
