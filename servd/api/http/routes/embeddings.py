@@ -6,15 +6,15 @@ Knows nothing of how hidden states are pooled.
 from __future__ import annotations
 
 import base64
-import time
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
-from servd.api.http.context import ARRIVAL, SERVICE
+from servd.api.http.context import SERVICE
 from servd.api.http.decode import decode_body, read_body
 from servd.api.http.field_ranges import between, length
+from servd.api.http.generation import time_left
 from servd.api.http.openapi import GENERATES, Endpoint, Operation
 from servd.api.http.replies import json_reply
 from servd.api.http.reply_types import EmbeddingList
@@ -22,7 +22,7 @@ from servd.api.http.schema.checks import check_length, check_range, one_or_many
 from servd.api.http.schema.generation import MAX_DEADLINE_MS, MAX_PRIORITY, MAX_SALT_CHARS
 from servd.api.service import InferenceService
 from servd.engine.embeddings import Embedding
-from servd.errors import DeadlineExceededError, InvalidRequestError
+from servd.errors import InvalidRequestError
 from servd.sampling_params import POOLINGS
 
 MAX_INPUTS = 2048  # OpenAI's
@@ -76,11 +76,7 @@ async def create_embeddings(request: web.Request) -> web.Response:
     service.engine.check_room()
     names = ["input"] if len(inputs) == 1 else [f"input[{i}]" for i in range(len(inputs))]
     prompts = [await _encode(service, body, given, name) for given, name in zip(inputs, names, strict=True)]
-    timeout = None
-    if body.deadline_ms is not None:
-        timeout = request[ARRIVAL] + body.deadline_ms / 1000 - time.monotonic()
-        if timeout <= 0:
-            raise DeadlineExceededError(f"deadline_ms of {body.deadline_ms} passed before the input was read")
+    timeout = time_left(request, body.deadline_ms, "input")
     embeddings = await service.embed(
         prompts, request_id=service.new_request_id("embd"), pooling=body.pooling, dimensions=body.dimensions,
         normalize=body.normalize, priority=body.priority, timeout=timeout, cache_salt=body.cache_salt or "",
