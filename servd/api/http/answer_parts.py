@@ -1,6 +1,6 @@
 """One answer's outputs as parts: text, reasoning, tool calls.
 
-What the dialects with typed blocks share. Knows nothing of their shapes.
+What all dialects share. Knows nothing of their shapes.
 """
 
 from __future__ import annotations

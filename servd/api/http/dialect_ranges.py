@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from servd.api.chat.plan import EFFORTS
+from servd.api.chat.tools import MAX_TOOLS
 from servd.api.conversation import MAX_MESSAGES
 from servd.api.http.anthropic import schema as anthropic
 from servd.api.http.responses import schema as responses
@@ -139,7 +140,7 @@ _PARALLEL = {"disable_parallel_tool_use": _FLAG}
 DIALECT_RANGES: dict[type, dict[str, Schema]] = {
     responses.ResponseRequest: {
         "input": {"maxItems": MAX_MESSAGES, "items": _ITEMS},
-        "tools": {"maxItems": responses.MAX_TOOLS, "items": _FUNCTION},
+        "tools": {"maxItems": MAX_TOOLS, "items": _FUNCTION},
         "tool_choice": {"pattern": "^(none|auto|required)$", "oneOf": [_NAMED, _ALLOWED]},
         "include": {"items": {"enum": list(responses.INCLUDES)}},
         "max_output_tokens": {"minimum": 0, "maximum": _MAX_INT},
@@ -170,7 +171,7 @@ DIALECT_RANGES: dict[type, dict[str, Schema]] = {
             ),
         },
         "system": {"items": _TEXT_BLOCK},
-        "tools": {"maxItems": anthropic.MAX_TOOLS, "items": _TOOL},
+        "tools": {"maxItems": MAX_TOOLS, "items": _TOOL},
         "tool_choice": {
             "oneOf": [
                 _object({"type": {"enum": ["auto", "any", "none"]}}, _PARALLEL),

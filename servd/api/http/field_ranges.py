@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from servd.api.chat.tools import MAX_TOOLS
 from servd.api.conversation import ROLES
 from servd.api.http.anthropic.schema import MessagesRequest
 from servd.api.http.dialect_ranges import DIALECT_RANGES
@@ -102,6 +103,7 @@ FIELD_RANGES: dict[type, dict[str, dict[str, Any]]] = {
         "max_completion_tokens": between(0, _MAX_INT),
         "top_logprobs": between(0, MAX_LOGPROBS),
         "messages": {"minItems": 1},
+        "tools": {"maxItems": MAX_TOOLS},
     },
     ChatMessage: {
         "role": {"enum": list(ROLES)},

@@ -5,11 +5,10 @@ For what msgspec's structs cannot tell apart. Knows nothing of any one dialect.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from servd.api.http.schema.checks import shown
-from servd.errors import InvalidRequestError, UnsupportedError
+from servd.api.http.schema.checks import check_neutral
+from servd.errors import InvalidRequestError
 
 _KINDS = {str: "a string", bool: "true or false", int: "an integer", list: "an array", dict: "an object"}
 
@@ -67,18 +66,6 @@ class Fields:
         for name in self._rest:
             path = self.path(name[:100])
             raise InvalidRequestError(f"{path} is not a field that servd knows", param=path)
-
-
-def check_neutral(prefix: str, values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raise UnsupportedError for a field of `neutral` that holds none of the values which change nothing."""
-    for name, allowed in neutral.items():
-        value = values[name]
-        if not any(value == known and type(value) is type(known) for known in allowed):
-            raise UnsupportedError(
-                f"{prefix}{name} is {shown(value)}; servd does not honour it; allowed: "
-                f"{' or '.join(map(shown, allowed))}",
-                param=prefix + name,
-            )
 
 
 def _kind_of(value: object) -> str:

@@ -76,6 +76,16 @@ class Answer:
         self.stop_reason = output.stop_reason
 
 
+def time_left(request: web.Request, deadline_ms: int | None, field: str) -> float | None:
+    """Seconds until the deadline, counted from arrival. Raises DeadlineExceededError if it passed over `field`."""
+    if deadline_ms is None:
+        return None
+    seconds = request[ARRIVAL] + deadline_ms / 1000 - time.monotonic()
+    if seconds <= 0:
+        raise DeadlineExceededError(f"deadline_ms of {deadline_ms} passed before the {field} was read")
+    return seconds
+
+
 async def start_streams(
     request: web.Request,
     body: GenerationRequest,
@@ -86,11 +96,7 @@ async def start_streams(
 ) -> list[ResultStream]:
     """Queue a request for each prompt: all of them or, if one is refused, none. Raises what the service raises."""
     service = request.app[SERVICE]
-    timeout = None
-    if body.deadline_ms is not None:
-        timeout = request[ARRIVAL] + body.deadline_ms / 1000 - time.monotonic()
-        if timeout <= 0:
-            raise DeadlineExceededError(f"deadline_ms of {body.deadline_ms} passed before the prompt was read")
+    timeout = time_left(request, body.deadline_ms, "prompt")
     if len(prompts) > 1:  # hundreds of prompts are checked one by one: let others run between
         for token_ids, name in zip(prompts, prompt_params, strict=True):
             service.engine.inputs.check(len(token_ids), params, prompt_param=name)

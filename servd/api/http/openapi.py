@@ -5,6 +5,7 @@ Knows nothing of any one endpoint. Schemas come from the msgspec types that pars
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http
 import inspect
@@ -22,6 +23,7 @@ from aiohttp.typedefs import Handler
 from servd import __version__
 from servd.api.http.errors import ForbiddenError, UnsupportedEncodingError
 from servd.api.http.field_ranges import FIELD_RANGES
+from servd.api.http.query import check_known
 from servd.errors import (
     AuthenticationError,
     DeadlineExceededError,
@@ -67,10 +69,11 @@ class Operation:
     """What one endpoint takes and gives, for people and for programs that read /openapi.json.
 
     body: the type that parses the request's JSON. reply: the type of a JSON success. events: the type of the `data` of
-    one server-sent event, where the endpoint streams (always, if there is no `reply`). media_type: of a success that
-    is neither; "" where it is empty. query: parameter → JSON schema. errors: what it raises, beyond what every endpoint
-    may. replies: types of other statuses, None where they are empty. ranges: as in `field_ranges`, for a body type of
-    the route's own. error: the type of its failures. public: answers without a key.
+    one server-sent event, where the endpoint streams (always, if there is no `reply`). media_type: of a success that is
+    neither; "" where it is empty. query: parameter → JSON schema; a GET below /v1 is refused with any other. errors:
+    what it raises, beyond what every endpoint may. replies: types of other statuses, None where they are empty. ranges:
+    as in `field_ranges`, for a body type of the route's own. error: the type of its failures. public: answers without a
+    key.
     """
 
     summary: str
@@ -103,8 +106,20 @@ class Endpoint(web.AbstractRouteDef):
     def register(self, router: web.UrlDispatcher) -> list[web.AbstractRoute]:
         """Called by the router's `add_routes`."""
         if self.method == "GET":
-            return [router.add_get(self.path, self.handler)]
+            return [router.add_get(self.path, self._with_known_query() if self._checks_query() else self.handler)]
         return [router.add_route(self.method, self.path, self.handler)]
+
+    def _checks_query(self) -> bool:
+        """Probes and pages are asked with parameters of others' making; clients of the API must not be misled."""
+        return self.path.startswith("/v1/")
+
+    def _with_known_query(self) -> Handler:
+        @functools.wraps(self.handler)
+        async def checked(request: web.Request) -> web.StreamResponse:
+            check_known(request.query, self.operation.query)
+            return await self.handler(request)
+
+        return checked
 
 
 class ApiDocument:

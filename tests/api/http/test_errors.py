@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from aiohttp.test_utils import make_mocked_request
 
+from servd.api.http.context import ARRIVAL
+from servd.api.http.generation import time_left
+from servd.errors import DeadlineExceededError
 from tests.api.http.serving import CHAT, COMPLETIONS, Served, serve
 from tests.fakes import TEMPLATE_ERROR
 
@@ -219,3 +224,13 @@ def test_an_unexpected_error_is_a_500_without_its_text(tmp_path: Path, monkeypat
             assert (await server.post(COMPLETIONS, body_of(COMPLETIONS, {}))).status == 200
 
     asyncio.run(main())
+
+
+def test_a_deadline_counts_from_arrival_and_may_pass_while_the_prompt_is_read() -> None:
+    request = make_mocked_request("POST", COMPLETIONS)
+    request[ARRIVAL] = time.monotonic() - 3600
+    left = time_left(request, 2 * 3600_000, "prompt")
+    assert left is not None and left <= 3600
+    with pytest.raises(DeadlineExceededError, match="deadline_ms of 3599000 passed before the prompt was read"):
+        time_left(request, 3599_000, "prompt")
+    assert time_left(request, None, "prompt") is None

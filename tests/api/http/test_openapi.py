@@ -1,6 +1,8 @@
 """/openapi.json says what every endpoint takes and answers, and says it truly."""
 
 import asyncio
+import json
+import re
 
 import jsonschema
 import msgspec
@@ -143,3 +145,35 @@ def test_what_is_told_of_a_request_a_message_and_a_deleted_response_is_as_docume
         assert reply.status == 200, reply.body
         parsed = msgspec.json.decode(reply.body, type=expected)
         assert msgspec.to_builtins(parsed) == reply.json()  # no field is missing, none is untold
+
+
+def test_a_get_is_refused_with_a_parameter_that_the_document_does_not_name(tmp_path):
+    paths = [re.sub(r"\{[^}]*\}", "x", e.path) for e in ENDPOINTS if e.method == "GET" and e.path.startswith("/v1/")]
+
+    async def main():
+        async with serve(tmp_path) as served:
+            replies = [await served.request("GET", f"{path}?unheard=1") for path in paths]
+            return [(reply.status, reply.error()["param"]) for reply in replies]
+
+    assert {"/v1/models", "/v1/prefixes", "/v1/streams/x", "/v1/responses/x"} <= set(paths)
+    assert asyncio.run(main()) == [(400, "unheard")] * len(paths)
+
+
+def test_as_many_tools_are_taken_as_the_document_says(tmp_path):
+    asked = {"model": "fake", "max_tokens": 1, "messages": [{"role": "user", "content": "x"}]}
+    calls = {
+        "/v1/chat/completions": asked | {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        "/v1/responses": {"input": "x", "tools": [{"type": "function", "name": "f"}]},
+        "/v1/messages": asked | {"tools": [{"name": "f", "input_schema": {"type": "object"}}]},
+    }
+
+    async def main():
+        async with serve(tmp_path) as served:
+            too_many = [(path, body | {"tools": body["tools"] * 257}) for path, body in calls.items()]
+            return [(await served.post(path, body)).json() for path, body in too_many]
+
+    for reply in asyncio.run(main()):
+        assert reply["error"]["message"] == "tools has 257 entries; allowed: at most 256"
+    schemas = document(ENDPOINTS)["components"]["schemas"]
+    for name in ("ChatCompletionRequest", "ResponseRequest", "MessagesRequest"):
+        assert 'maxItems": 256' in json.dumps(schemas[name]["properties"]["tools"])

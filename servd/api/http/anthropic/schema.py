@@ -11,13 +11,12 @@ import msgspec
 
 from servd.api.chat.call import AnswerFormat, Tool, ToolChoice
 from servd.api.chat.plan import THINKING_SWITCHES
+from servd.api.chat.tools import MAX_TOOLS
 from servd.api.http.anthropic.blocks import check_cache_control
-from servd.api.http.fields import Fields, check_neutral
+from servd.api.http.fields import Fields
 from servd.api.http.schema import GenerationRequest
-from servd.api.http.schema.checks import check_count
+from servd.api.http.schema.checks import check_count, check_neutral
 from servd.errors import InvalidRequestError, UnsupportedError
-
-MAX_TOOLS = 1024
 
 Scalar = str | int | float | bool | None
 

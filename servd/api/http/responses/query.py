@@ -10,11 +10,27 @@ from typing import Any
 
 from multidict import MultiMapping
 
-from servd.api.http.responses.schema import check_includes
+from servd.api.http.query import choice, truth, whole_number
+from servd.api.http.responses.schema import INCLUDES, check_includes
 from servd.errors import InvalidRequestError, UnsupportedError
 
 MAX_PAGE = 100
-_BOOLS = {"true": True, "false": False}
+MAX_SEQUENCE_NUMBER = 1 << 40
+ORDERS = ("desc", "asc")
+
+_INCLUDE: dict[str, dict[str, Any]] = {
+    name: {"type": "array", "items": {"enum": list(INCLUDES)}} for name in ("include", "include[]")
+}
+STREAM_QUERY: dict[str, dict[str, Any]] = _INCLUDE | {
+    "stream": {"type": "boolean"},
+    "starting_after": {"type": "integer", "minimum": 0, "maximum": MAX_SEQUENCE_NUMBER},
+    "include_obfuscation": {"enum": [False]},
+}
+PAGE_QUERY: dict[str, dict[str, Any]] = _INCLUDE | {
+    "limit": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE},
+    "order": {"enum": list(ORDERS)},
+    "after": {"type": "string"},
+}
 
 
 def stream_position(query: MultiMapping[str]) -> int | None:
@@ -22,25 +38,23 @@ def stream_position(query: MultiMapping[str]) -> int | None:
 
     Raises InvalidRequestError, UnsupportedError.
     """
-    _check_known(query, ("stream", "starting_after", "include", "include[]", "include_obfuscation"))
-    if _bool(query, "include_obfuscation"):
+    _check_includes(query)
+    if truth(query, "include_obfuscation"):
         raise UnsupportedError("include_obfuscation is true; allowed: false", param="include_obfuscation")
-    if not _bool(query, "stream"):
+    if not truth(query, "stream"):
         if "starting_after" in query:
             raise InvalidRequestError(
                 "starting_after is set; allowed only with stream=true", param="starting_after"
             )
         return None
-    return _int(query, "starting_after", -1, 0, 1 << 40)
+    return whole_number(query, "starting_after", -1, 0, MAX_SEQUENCE_NUMBER)
 
 
 def item_page(query: MultiMapping[str], items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A page of the list, the newest first unless told otherwise. Raises InvalidRequestError, UnsupportedError."""
-    _check_known(query, ("limit", "order", "after", "include", "include[]"))
-    limit = _int(query, "limit", 20, 1, MAX_PAGE)
-    order = query.get("order", "desc")
-    if order not in ("asc", "desc"):
-        raise InvalidRequestError(f"order is {order[:100]!r}; allowed: asc, desc", param="order")
+    _check_includes(query)
+    limit = whole_number(query, "limit", 20, 1, MAX_PAGE)
+    order = choice(query, "order", "desc", ORDERS)
     ordered = list(items) if order == "asc" else list(reversed(items))
     after = query.get("after")
     if after is not None:
@@ -58,26 +72,5 @@ def item_page(query: MultiMapping[str], items: Sequence[Mapping[str, Any]]) -> d
     }
 
 
-def _check_known(query: MultiMapping[str], known: tuple[str, ...]) -> None:
-    for name in query:
-        if name not in known:
-            raise InvalidRequestError(
-                f"{name[:100]!r} is not known in the query; allowed: {', '.join(known)}", param=name[:100]
-            )
+def _check_includes(query: MultiMapping[str]) -> None:
     check_includes([*query.getall("include", []), *query.getall("include[]", [])])
-
-
-def _bool(query: MultiMapping[str], name: str) -> bool:
-    text = query.get(name, "false")
-    if text not in _BOOLS:
-        raise InvalidRequestError(f"{name} is {text[:100]!r}; allowed: true, false", param=name)
-    return _BOOLS[text]
-
-
-def _int(query: MultiMapping[str], name: str, default: int, low: int, high: int) -> int:
-    text = query.get(name)
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdecimal() and len(text) < 15 and low <= int(text) <= high):
-        raise InvalidRequestError(f"{name} is {text[:100]!r}; allowed: {low} to {high}", param=name)
-    return int(text)

@@ -10,14 +10,13 @@ from typing import Any, ClassVar
 import msgspec
 
 from servd.api.chat.call import AnswerFormat, Tool, ToolChoice
-from servd.api.chat.tools import can_be_strict
-from servd.api.http.fields import Fields, check_neutral
+from servd.api.chat.tools import MAX_TOOLS, can_be_strict
+from servd.api.http.fields import Fields
 from servd.api.http.schema import GenerationRequest
-from servd.api.http.schema.checks import check_count, check_length, check_range
+from servd.api.http.schema.checks import check_count, check_length, check_neutral, check_range
 from servd.errors import InvalidRequestError, UnsupportedError
 from servd.sampling_params import MAX_LOGPROBS
 
-MAX_TOOLS = 1024
 MAX_METADATA = 16  # pairs
 MAX_METADATA_KEY, MAX_METADATA_VALUE = 64, 512  # characters
 LOGPROBS = "message.output_text.logprobs"

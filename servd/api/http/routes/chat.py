@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from servd.api.chat.parts import AnswerReader, Message, ReasoningPart, TextPart, ToolCallPart
+from servd.api.chat.parts import Message, ReasoningPart, TextPart, ToolCallPart
 from servd.api.chat.plan import ChatPlan, plan_chat
+from servd.api.http.answer_parts import AnswerParts
 from servd.api.http.context import SERVICE, system_fingerprint
 from servd.api.http.decode import decode_body, read_body
 from servd.api.http.generation import Answer, gather_answers, start_streams
@@ -75,7 +76,7 @@ class _Choices:
         self._plan = plan
         self._echoed = echoed
         self._begun: set[int] = set()
-        self._readers: dict[int, AnswerReader] = {}
+        self._readers: dict[int, AnswerParts] = {}
         self._has_calls: set[int] = set()
         self._shows_tokens = bool(body.logprobs or body.return_token_ids or body.prompt_logprobs is not None)
 
@@ -132,13 +133,9 @@ class _Choices:
         """One entry a part, and one for what belongs to no part."""
         reader = self._readers.get(index)
         if reader is None:
-            assert self._plan.new_reader is not None
-            reader = self._readers[index] = self._plan.new_reader()
-        parts = reader.push(output.text) if output.text else []
-        if output.finish_reason is not None:
-            parts += reader.finish()
+            reader = self._readers[index] = AnswerParts(self._plan)
         entries = []
-        for part in parts:
+        for part in reader.read(output):
             if isinstance(part, TextPart):
                 entries.append(_PLAIN_DELTA % (index, msgspec.json.encode(part.text)))
             elif delta := self._delta(index, part):

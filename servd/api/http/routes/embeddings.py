@@ -6,22 +6,23 @@ Knows nothing of how hidden states are pooled.
 from __future__ import annotations
 
 import base64
-import time
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
-from servd.api.http.context import ARRIVAL, SERVICE
+from servd.api.http.context import SERVICE
 from servd.api.http.decode import decode_body, read_body
 from servd.api.http.field_ranges import between, length
+from servd.api.http.generation import time_left
 from servd.api.http.openapi import GENERATES, Endpoint, Operation
 from servd.api.http.replies import json_reply
 from servd.api.http.reply_types import EmbeddingList
+from servd.api.http.schema.checks import check_length, check_range, one_or_many
 from servd.api.http.schema.generation import MAX_DEADLINE_MS, MAX_PRIORITY, MAX_SALT_CHARS
 from servd.api.service import InferenceService
 from servd.engine.embeddings import Embedding
-from servd.errors import DeadlineExceededError, InvalidRequestError
+from servd.errors import InvalidRequestError
 from servd.sampling_params import POOLINGS
 
 MAX_INPUTS = 2048  # OpenAI's
@@ -49,33 +50,17 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
         """Raise InvalidRequestError naming the first field out of its range."""
         _check_choice("encoding_format", self.encoding_format, ENCODING_FORMATS)
         _check_choice("pooling", self.pooling, POOLINGS)
-        if self.truncate_prompt_tokens != -1:
-            _check_range("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, max_model_len)
-        _check_range("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
-        _check_range("deadline_ms", self.deadline_ms, 1, MAX_DEADLINE_MS)
-        if self.cache_salt is not None and not 1 <= len(self.cache_salt) <= MAX_SALT_CHARS:
-            raise InvalidRequestError(
-                f"cache_salt has {len(self.cache_salt)} characters; allowed: 1 to {MAX_SALT_CHARS}", param="cache_salt"
-            )
+        if self.truncate_prompt_tokens not in (None, -1):
+            check_range("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, max_model_len)
+        check_range("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        if self.deadline_ms is not None:
+            check_range("deadline_ms", self.deadline_ms, 1, MAX_DEADLINE_MS)
+        if self.cache_salt is not None:
+            check_length("cache_salt", self.cache_salt, 1, MAX_SALT_CHARS, "characters")
 
     def inputs(self) -> list[str | list[int]]:
         """The inputs, one or many. Raises InvalidRequestError for an empty, mixed or overlong list."""
-        given = self.input
-        if isinstance(given, str):
-            return [given]
-        if not given:
-            raise InvalidRequestError("input is an empty list; allowed: at least one input or token", param="input")
-        kinds = set(map(type, given))
-        if len(kinds) > 1:
-            raise InvalidRequestError(
-                "input is a list of mixed kinds; allowed: all strings, all token ids, or all lists of token ids",
-                param="input",
-            )
-        if kinds == {int}:
-            return [given]  # type: ignore[list-item]  # all of them are ints
-        if len(given) > MAX_INPUTS:
-            raise InvalidRequestError(f"input has {len(given)} inputs; allowed: at most {MAX_INPUTS}", param="input")
-        return given  # type: ignore[return-value]  # no ints among them
+        return one_or_many("input", self.input, MAX_INPUTS)
 
 
 _DECODER = msgspec.json.Decoder(EmbeddingRequest)
@@ -91,11 +76,7 @@ async def create_embeddings(request: web.Request) -> web.Response:
     service.engine.check_room()
     names = ["input"] if len(inputs) == 1 else [f"input[{i}]" for i in range(len(inputs))]
     prompts = [await _encode(service, body, given, name) for given, name in zip(inputs, names, strict=True)]
-    timeout = None
-    if body.deadline_ms is not None:
-        timeout = request[ARRIVAL] + body.deadline_ms / 1000 - time.monotonic()
-        if timeout <= 0:
-            raise DeadlineExceededError(f"deadline_ms of {body.deadline_ms} passed before the input was read")
+    timeout = time_left(request, body.deadline_ms, "input")
     embeddings = await service.embed(
         prompts, request_id=service.new_request_id("embd"), pooling=body.pooling, dimensions=body.dimensions,
         normalize=body.normalize, priority=body.priority, timeout=timeout, cache_salt=body.cache_salt or "",
@@ -138,11 +119,6 @@ def _entry(index: int, embedding: Embedding, encoding_format: str | None) -> dic
 def _check_choice(field: str, value: str | None, allowed: tuple[str, ...]) -> None:
     if value is not None and value not in allowed:
         raise InvalidRequestError(f"{field} is {value[:100]!r}; allowed: {', '.join(allowed)}", param=field)
-
-
-def _check_range(field: str, value: int | None, low: int, high: int) -> None:
-    if value is not None and not low <= value <= high:
-        raise InvalidRequestError(f"{field} is {value}; allowed: {low} to {high}", param=field)
 
 
 ROUTES = [

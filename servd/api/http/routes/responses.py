@@ -27,7 +27,7 @@ from servd.api.http.openapi import GENERATES, Endpoint, Operation
 from servd.api.http.replies import chat_logprobs, json_reply
 from servd.api.http.responses.answer import ResponseAnswer, usage_dict
 from servd.api.http.responses.items import Item, read_input, template_messages
-from servd.api.http.responses.query import item_page, stream_position
+from servd.api.http.responses.query import PAGE_QUERY, STREAM_QUERY, item_page, stream_position
 from servd.api.http.responses.schema import LOGPROBS, ResponseRequest
 from servd.api.http.responses.store import BackgroundRun, StoredResponse
 from servd.api.http.resumable_streams import EventSource
@@ -302,7 +302,11 @@ async def list_input_items(request: web.Request) -> web.Response:
     return json_reply(item_page(request.query, [*history, *own]))
 
 
-_ONE = Operation("A kept response", reply=dict[str, Any], errors=(NotFoundError,))
+_ONE = Operation(
+    "A kept response", reply=dict[str, Any], events=dict[str, Any], errors=(NotFoundError,), query=STREAM_QUERY
+)
+_CANCELLED = Operation("End a response", reply=dict[str, Any], errors=(NotFoundError,))
+_INPUT = Operation("What it answered to", reply=dict[str, Any], errors=(NotFoundError,), query=PAGE_QUERY)
 _DELETED = Operation("Forget a response", reply=DeletedResponse, errors=(NotFoundError,))
 
 ROUTES = [
@@ -319,6 +323,6 @@ ROUTES = [
     ),
     Endpoint("GET", "/v1/responses/{response_id}", retrieve_response, _ONE),
     Endpoint("DELETE", "/v1/responses/{response_id}", delete_response, _DELETED),
-    Endpoint("POST", "/v1/responses/{response_id}/cancel", cancel_response, _ONE),
-    Endpoint("GET", "/v1/responses/{response_id}/input_items", list_input_items, _ONE),
+    Endpoint("POST", "/v1/responses/{response_id}/cancel", cancel_response, _CANCELLED),
+    Endpoint("GET", "/v1/responses/{response_id}/input_items", list_input_items, _INPUT),
 ]  # fmt: skip

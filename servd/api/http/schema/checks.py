@@ -5,13 +5,13 @@ Knows nothing of which endpoint has which field.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 
-from servd.errors import InvalidRequestError
+from servd.errors import InvalidRequestError, UnsupportedError
 from servd.sampling_params import MAX_LOGIT_BIASES, MAX_STOP_CHARS, MAX_STOP_TOKEN_IDS
 
 
@@ -64,6 +64,37 @@ def check_length(field: str, value: str, low: int, high: int, unit: str) -> None
 def check_count(field: str, values: Any, high: int) -> None:
     if len(values) > high:
         raise InvalidRequestError(f"{field} has {len(values)} entries; allowed: at most {high}", param=field)
+
+
+def check_neutral(prefix: str, values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise UnsupportedError for a field of `neutral` that holds none of the values which change nothing."""
+    for name, allowed in neutral.items():
+        value = values[name]
+        if not any(value == known and type(value) is type(known) for known in allowed):
+            raise UnsupportedError(
+                f"{prefix}{name} is {shown(value)}; servd does not honour it; allowed: "
+                f"{' or '.join(map(shown, allowed))}",
+                param=prefix + name,
+            )
+
+
+def one_or_many(field: str, given: str | list[str | int | list[int]], high: int) -> list[str | list[int]]:
+    """The texts or token ids of a field, one to `high`. Raises InvalidRequestError for an empty or mixed list."""
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise InvalidRequestError(f"{field} is an empty list; allowed: at least one {field} or token", param=field)
+    kinds = set(map(type, given))
+    if len(kinds) > 1:
+        raise InvalidRequestError(
+            f"{field} is a list of mixed kinds; allowed: all strings, all token ids, or all lists of token ids",
+            param=field,
+        )
+    if kinds == {int}:
+        return [given]  # type: ignore[list-item]  # all of them are ints
+    if len(given) > high:
+        raise InvalidRequestError(f"{field} has {len(given)} {field}s; allowed: at most {high}", param=field)
+    return given  # type: ignore[return-value]  # no ints among them
 
 
 def shown(value: Any) -> str:

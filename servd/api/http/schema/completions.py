@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from servd.api.chat.tools import format_text
 from servd.api.http.schema.answer_format import answer_format
-from servd.api.http.schema.checks import renamed
+from servd.api.http.schema.checks import one_or_many, renamed
 from servd.api.http.schema.generation import GenerationRequest
 from servd.errors import InvalidRequestError
 from servd.sampling_params import SamplingParams
@@ -46,31 +46,15 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
 
     def prompts(self, max_prompts: int) -> list[str | list[int]]:
         """The prompts, one to `max_prompts`. Raises InvalidRequestError for an empty, mixed or overlong list."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if not prompt:
-            raise InvalidRequestError("prompt is an empty list; allowed: at least one prompt or token", param="prompt")
-        kinds = set(map(type, prompt))
-        if len(kinds) > 1:
-            raise InvalidRequestError(
-                "prompt is a list of mixed kinds; allowed: all strings, all token ids, or all lists of token ids",
-                param="prompt",
-            )
-        if kinds == {int}:
-            return [prompt]  # type: ignore[list-item]  # all of them are ints
-        if len(prompt) > max_prompts:
-            raise InvalidRequestError(
-                f"prompt has {len(prompt)} prompts; allowed: at most {max_prompts}", param="prompt"
-            )
-        if len(prompt) * self.num_sequences > MAX_CHOICES:
+        prompts = one_or_many("prompt", self.prompt, max_prompts)
+        if len(prompts) * self.num_sequences > MAX_CHOICES:
             name = "n" if self.best_of is None else "best_of"
             raise InvalidRequestError(
-                f"{name} is {self.num_sequences} for {len(prompt)} prompts; allowed: together at most {MAX_CHOICES} "
+                f"{name} is {self.num_sequences} for {len(prompts)} prompts; allowed: together at most {MAX_CHOICES} "
                 "answers",
                 param=name,
             )
-        return prompt  # type: ignore[return-value]  # no ints among them
+        return prompts
 
     def to_sampling_params(self, vocab_size: int, defaults: Mapping[str, float]) -> SamplingParams:
         """Sampling settings.

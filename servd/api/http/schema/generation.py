@@ -14,9 +14,9 @@ from servd.api.http.schema.answer_format import ResponseFormat, StructuredOutput
 from servd.api.http.schema.checks import (
     check_count,
     check_length,
+    check_neutral,
     check_range,
     logit_bias,
-    shown,
     stop_strings,
     stop_token_ids,
 )
@@ -135,14 +135,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
 
     def check(self) -> None:
         """Raise UnsupportedError or InvalidRequestError for what no SamplingParams would notice."""
-        for field, neutral in self.NEUTRAL.items():
-            value = getattr(self, field)
-            if not any(value == known and type(value) is type(known) for known in neutral):
-                raise UnsupportedError(
-                    f"{field} is {shown(value)}; servd does not honour it; allowed: "
-                    f"{' or '.join(shown(known) for known in neutral)}",
-                    param=field,
-                )
+        check_neutral("", {name: getattr(self, name) for name in self.NEUTRAL}, self.NEUTRAL)
         if self.stream_options is not None:
             if not self.stream:
                 raise InvalidRequestError("stream_options is set; allowed: with stream: true", param="stream_options")
