@@ -206,7 +206,9 @@ def test_a_stream_of_many_requests_that_is_never_read_is_cut_off(tmp_path: Path)
                     await call.write(request_of("x" * 25_000, max_tokens=1))
                 await call.write(request_of(flags={"stream": True}, max_tokens=29_000, ignore_eos=True))
                 await s.fake.wait_until(lambda: s.fake.engine.stats().running > 0)
-                await s.fake.wait_idle(30.0)
+                for _ in range(3):  # the engine is also idle for a moment between two of the requests
+                    await s.fake.wait_idle(30.0)
+                    await asyncio.sleep(0.5)
                 with pytest.raises(grpc.aio.AioRpcError, match=r"unread for 0\.3 s"):
                     async with asyncio.timeout(30):
                         while await call.read() is not grpc.aio.EOF:
