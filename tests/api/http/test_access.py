@@ -175,3 +175,15 @@ def test_one_log_line_a_request_without_prompt_or_key(tmp_path: Path, capsys: py
     assert r"GET /x\r\nFORGED\x1b[2J 404" in lines[1]
     assert lines[2].endswith("bad HTTP 400 from 127.0.0.1")
     assert not any(secret in line for line in lines for secret in ("diary", KEY, "\x1b"))
+
+
+def test_the_list_of_models_takes_what_other_dialects_send_along(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serve(tmp_path) as server:
+            reply = await server.request("GET", "/v1/models?limit=20&client_version=1.2.3")
+            assert [model["id"] for model in reply.json()["data"]] == ["fake"]
+            for limit in ("0", "1001", "x"):
+                reply = await server.request("GET", f"/v1/models?limit={limit}")
+                assert (reply.status, reply.error()["param"]) == (400, "limit")
+
+    asyncio.run(main())

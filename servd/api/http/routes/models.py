@@ -11,14 +11,18 @@ from aiohttp import web
 
 from servd.api.http.context import CALLER, SERVICE
 from servd.api.http.openapi import Endpoint, Operation
+from servd.api.http.query import whole_number
 from servd.api.http.replies import json_reply
 from servd.api.http.reply_types import Model, ModelList
 from servd.api.service import InferenceService
 from servd.errors import NotFoundError
 
+MAX_LIMIT = 1000  # Anthropic's
+
 
 async def list_models(request: web.Request) -> web.Response:
-    """The one model, if the caller may use it."""
+    """The one model, if the caller may use it. Neither `limit` nor `client_version` changes a list of one."""
+    whole_number(request.query, "limit", MAX_LIMIT, 1, MAX_LIMIT)
     service = request.app[SERVICE]
     models = [_model(service)] if request[CALLER].may_use(service.model_name) else []
     return json_reply({"object": "list", "data": models})
@@ -41,8 +45,14 @@ def _model(service: InferenceService) -> dict[str, Any]:
     }
 
 
+# What clients of other dialects send along.
+_QUERY: dict[str, dict[str, Any]] = {
+    "limit": {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT},
+    "client_version": {"type": "string"},
+}
+
 ROUTES = [
-    Endpoint("GET", "/v1/models", list_models, Operation("List the models", reply=ModelList)),
+    Endpoint("GET", "/v1/models", list_models, Operation("List the models", reply=ModelList, query=_QUERY)),
     Endpoint(
         "GET", "/v1/models/{model:.+}", retrieve_model,
         Operation("One model", reply=Model, errors=(NotFoundError,)),
